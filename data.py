@@ -1,0 +1,266 @@
+"""Files in, files out: prompts, JSONL records and the books that every stage keeps.
+
+This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It knows nothing of models: it reads
+prompt sets in the formats that safety research uses, and it gives each stage the same three habits:
+
+* records are JSON lines with an `id`, appended as results arrive and skipped by id on restart;
+* whole files are written to a temporary name and renamed, so a killed run leaves no half file behind;
+* beside every output stand `NAME.config.json` (flags, input hashes, versions) and, once the stage is finished,
+  `NAME.funnel.json` (what came in, what was dropped and why, what went out).
+"""
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+# The column that holds the prompt, by data set: STAR-1, JailbreakBench, StrongREJECT, WildJailbreak, MATH/AIME, ours.
+PROMPT_FIELDS = ("prompt", "question", "Goal", "forbidden_prompt", "adversarial", "problem")
+ID_FIELDS = ("id", "Index", "unique_id", "")  # older JailbreakBench files leave the header of the index column empty
+
+# Flags that say where or how fast a stage runs, never what it computes.
+VOLATILE_FLAGS = {"device", "out", "command", "run", "stage", "save_every", "judge_concurrency"}
+
+
+# ---------------------------------------------------------------------------------------------------- JSON lines
+
+def read_jsonl(path):
+    """Read a JSON-lines file of objects into a list of dicts.
+
+    Raises ValueError naming file, line and remedy when a line is not a JSON object.
+    """
+    records = []
+    with open(path, encoding="utf-8", newline="\n") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
+                                 "Each line must hold one JSON object; mend or delete that line.") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
+                                 'Write each record as {"id": ..., ...} on a line of its own.')
+            records.append(record)
+    return records
+
+
+def dump(record):
+    """One record as one JSON line, without the newline."""
+    return json.dumps(record, ensure_ascii=False)
+
+
+def write_text(path, text):
+    """Write a whole file atomically: to a temporary name beside it, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    """Write one JSON document atomically, indented for people."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, records):
+    """Write a whole JSON-lines file atomically."""
+    write_text(path, "".join(dump(r) + "\n" for r in records))
+
+
+class Appender:
+    """A JSON-lines file that survives being killed: what it holds by id, and a `write` that adds to it.
+
+    A last line without its newline was torn by a kill; it is cut off, and its record is made again.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
+    >>> _ = path.write_text('{"id": "a"}\\n{"id": "b", "te')
+    >>> records = Appender(path)
+    >>> list(records.done)
+    ['a']
+    >>> records.write({"id": "c"}); records.close(); path.read_text()
+    '{"id": "a"}\\n{"id": "c"}\\n'
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as f:
+            f.seek(0)
+            content = f.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                f.truncate(whole)
+        self.done = {r["id"]: r for r in read_jsonl(self.path)}
+        self.file = open(self.path, "a", encoding="utf-8", newline="\n")
+
+    def write(self, record):
+        """Append one record and hand it to the operating system; a record whose id is there already is not repeated."""
+        if record["id"] not in self.done:
+            self.done[record["id"]] = record
+            self.file.write(dump(record) + "\n")
+            self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+def load_prompts(path, limit=0):
+    """Read prompts from .jsonl, .json, .csv, .tsv or .txt (one a line) into `[{"id", "prompt", ...}]`.
+
+    The prompt's column is the first of PROMPT_FIELDS that the row has, so the published files of STAR-1,
+    JailbreakBench, StrongREJECT, WildJailbreak, XSTest, MATH and AIME load as they are; the other columns are kept.
+    `limit` > 0 keeps the first rows only. Raises ValueError (file, row, remedy) for a row without a prompt,
+    for an id that comes twice and for an empty file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file. Give a .jsonl, .json, .csv, .tsv or .txt file of prompts.")
+    prompts, seen = [], set()
+    for number, row in enumerate(_read_rows(path), 1):
+        field = next((f for f in PROMPT_FIELDS if isinstance(row.get(f), str) and row[f].strip()), None)
+        if field is None:
+            raise ValueError(f"{path}, row {number}: no prompt. A row needs one of the columns "
+                             f"{', '.join(PROMPT_FIELDS)} with text in it; this one has {', '.join(map(str, row))}.")
+        key = next((str(row[f]) for f in ID_FIELDS if row.get(f) not in (None, "")), str(number - 1))
+        if key in seen:
+            raise ValueError(f"{path}, row {number}: the id {key!r} comes twice. Ids name results; make them unique.")
+        seen.add(key)
+        prompts.append({**row, "id": key, "prompt": row[field]})
+    if not prompts:
+        raise ValueError(f"{path}: no prompts in it.")
+    return prompts[:limit] if limit else prompts
+
+
+def _read_rows(path):
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return read_jsonl(path)
+    if suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+            raise ValueError(f"{path}: expected a JSON list of objects.")
+        return rows
+    if suffix in (".csv", ".tsv"):
+        csv.field_size_limit(sys.maxsize)  # WildJailbreak has cells beyond the 128 KB default
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            return list(csv.DictReader(f, delimiter="\t" if suffix == ".tsv" else ","))
+    if suffix == ".txt":
+        return [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    raise ValueError(f"{path}: unknown kind of file {suffix!r}. Use .jsonl, .json, .csv, .tsv or .txt.")
+
+
+def load_triggers(path):
+    """Read the pool of safety triggers (the paper's T), one sentence a line; `#` starts a comment line."""
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    triggers = [line for line in lines if line and not line.startswith("#")]
+    if not triggers:
+        raise ValueError(f"{path}: no triggers in it. Write one sentence a line.")
+    return triggers
+
+
+# ------------------------------------------------------------------------------------------- the books of a stage
+
+def beside(out, kind):
+    """The path of a stage's `config` or `funnel` file.
+
+    >>> beside("runs/toy/rollouts.jsonl", "funnel").as_posix()
+    'runs/toy/rollouts.funnel.json'
+    """
+    out = Path(out)
+    return out.with_name(f"{out.stem if out.suffix == '.jsonl' else out.name}.{kind}.json")
+
+
+def begin(out, flags, inputs, **more):
+    """Open a stage: write its config beside `out`; return its funnel if the stage is finished already, else None.
+
+    `flags` is a dict of everything that decides the result, `inputs` the files that it reads. Raises SystemExit
+    when `out` was begun with other flags or other inputs, because its records could not be mixed with new ones.
+    """
+    config = {"flags": {k: _public(v) for k, v in flags.items() if k not in VOLATILE_FLAGS},
+              "inputs": {str(p): fingerprint(p) for p in inputs}, **more}
+    path = beside(out, "config")
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{k}: {old[part].get(k)!r} then, {config[part].get(k)!r} now" for part in ("flags", "inputs")
+                   for k in {**old[part], **config[part]} if old[part].get(k) != json.loads(json.dumps(config[part].get(k)))]
+        if changed:
+            raise SystemExit(f"{out} was begun with other settings ({'; '.join(changed)}). "
+                             f"Use another run folder, or delete {out} and {path} to make it again.")
+    else:
+        write_json(path, {**config, "versions": versions(), "commit": git_commit()})
+    done = beside(out, "funnel")
+    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+
+
+def finish(out, stage, counts, **more):
+    """Close a stage: store its funnel beside `out`, print it as one line, and return it."""
+    funnel = {"stage": stage, "counts": counts, **more}
+    write_json(beside(out, "funnel"), funnel)
+    print(funnel_line(funnel), flush=True)
+    return funnel
+
+
+def funnel_line(funnel):
+    """A funnel as one readable line.
+
+    >>> funnel_line({"stage": "pairs", "counts": {"unsafe": 40, "cue found": 38, "pairs": 30}})
+    'pairs: 40 unsafe -> 38 cue found -> 30 pairs'
+    """
+    return f"{funnel['stage']}: " + " -> ".join(f"{n} {name}" for name, n in funnel["counts"].items())
+
+
+def fingerprint(path):
+    """The first 16 hex digits of a file's SHA-256; of a model directory's, over its weights and settings.
+
+    A name that is no local path (a model on the hub) stands for itself. Of a file over 64 MB the size, the first and
+    the last megabyte are hashed: training changes every weight, and 16 GB would take a minute at each stage.
+    """
+    path = Path(path)
+    if not path.exists():
+        return str(path)
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
+    digest = hashlib.sha256()
+    for p in files:
+        size, megabyte = p.stat().st_size, 1 << 20
+        with open(p, "rb") as f:
+            if size > 64 * megabyte:
+                digest.update(f"{p.name} {size}".encode() + f.read(megabyte))
+                f.seek(-megabyte, os.SEEK_END)
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def digest(text):
+    """The first 16 hex digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def versions():
+    """Versions of Python and of the packages that decide results."""
+    return {"python": sys.version.split()[0],
+            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}
+
+
+def git_commit():
+    """The commit of this checkout, with `+changes` if files differ from it; None outside a repository."""
+    def git(*command):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True)
+    if not shutil.which("git") or git("rev-parse", "HEAD").returncode:
+        return None
+    return git("rev-parse", "HEAD").stdout.strip() + ("+changes" if git("status", "--porcelain").stdout else "")
+
+
+def _public(value):
+    """A flag's value as it may stand in a file: user and password are taken out of URLs."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", value) if isinstance(value, str) else value

@@ -1,0 +1,462 @@
+"""The language model: loading, prompts and think tags, sampling, log-probabilities, saving.
+
+Any Hugging Face causal language model works whose decoder follows the Llama layout (Llama, Qwen2, Qwen3, ...);
+there is no line per model. Weights come and go as safetensors only.
+
+Left out on purpose: beam search, repetition penalties, top-k (the paper samples at temperature 0.6, top-p 0.95).
+"""
+import hashlib
+import random
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+# ------------------------------------------------------------------------------------------------ loading, saving
+
+def pick_device(name="auto"):
+    """`auto` is the first GPU where there is one, else the CPU.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """`auto` is bfloat16 on a GPU and float32 elsewhere; other names are torch's own."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def load_tokenizer(path):
+    """Load the model's own fast tokenizer. Raises SystemExit when there is none, or it has no chat template."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.is_fast:
+        raise SystemExit(f"{path}: needs a fast tokenizer (tokenizer.json).")
+    if not tokenizer.chat_template:
+        raise SystemExit(f"{path}: the tokenizer has no chat template, so prompts can't be rendered. "
+                         "Add a chat_template.jinja to the model directory.")
+    return tokenizer
+
+
+def load_model(path, device, dtype=torch.float32, attn="sdpa"):
+    """Load a causal language model from a directory or the hub, weights from safetensors only, in eval mode."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # a bar for every shard drowns the stage's own
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, attn_implementation=attn)
+    return model.to(device).eval()
+
+
+def stored_dtype(path):
+    """The dtype in which a checkpoint's weights are stored; trained weights are saved in the same."""
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(path).dtype or torch.float32
+
+
+def eos_ids(path, tokenizer):
+    """The set of token ids that end a generation: the generation config's, else the tokenizer's."""
+    from transformers import GenerationConfig
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # some models ship none
+        ids = None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return set(ids if isinstance(ids, (list, tuple)) else [ids])
+
+
+def context_length(path):
+    """How many tokens a model can attend to, prompt and completion together."""
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(path).max_position_embeddings
+
+
+# ------------------------------------------------------------------------------------------ prompts and think tags
+
+def render_prompt(tokenizer, prompt):
+    """Token ids of one user turn up to the place where the model starts to write, by the model's own chat template.
+
+    No system prompt. R1-Distill templates end with `<think>\\n`, so the model's output begins inside the reasoning;
+    Qwen3's end before it, and the model opens the tag itself.
+    """
+    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+                                              tokenize=True, return_dict=False))
+
+
+class Trace(NamedTuple):
+    """A generation taken apart; the first four joined give its text back exactly. `response` is "" if truncated."""
+    opening: str    # "<think>\n" where the model wrote it, else ""
+    reasoning: str  # z of the paper
+    closing: str    # "</think>" and the white space after it
+    response: str   # y of the paper
+    truncated: bool  # no </think>: the reasoning never ended, so there is no response to judge
+
+
+def split_reasoning(text):
+    """Split a generation once, at the first `</think>`.
+
+    >>> split_reasoning("<think>\\nIs it safe? Yes.\\n</think>\\n\\nDone.")
+    Trace(opening='<think>\\n', reasoning='Is it safe? Yes.\\n', closing='</think>\\n\\n', response='Done.', truncated=False)
+    >>> split_reasoning("It goes on and")
+    Trace(opening='', reasoning='It goes on and', closing='', response='', truncated=True)
+    """
+    body = text.lstrip()
+    opening = ""
+    if body.startswith(OPEN):
+        body = body[len(OPEN):].lstrip("\n")
+        opening, body = text[:len(text) - len(body)], body
+    else:
+        body = text
+    reasoning, tag, rest = body.partition(CLOSE)
+    response = rest.lstrip()
+    return Trace(opening, reasoning, tag + rest[:len(rest) - len(response)], response, not tag)
+
+
+def decode(tokenizer, ids, eos=()):
+    """Text of generated ids, without the end-of-sequence token and with nothing else cleaned up or skipped."""
+    ids = ids[:-1] if ids and ids[-1] in eos else ids
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def token_index(tokenizer, ids, char):
+    """How many of `ids` lie wholly before character `char` of their decoded text.
+
+    This maps a sentence to its token without encoding anything again: sampled ids need not be the canonical
+    tokenisation of their text. Where a token straddles `char` it is not counted, so `decode(ids[:i])` is always
+    a prefix of the text and at most `char` long.
+    """
+    text = decode(tokenizer, ids)
+    low, high = 0, len(ids)
+    while low < high:  # the decoded length grows with the ids, but for a few broken characters, put right below
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(decode(tokenizer, ids[:middle])) <= char else (low, middle - 1)
+    for i in range(min(low + 4, len(ids)), -1, -1):
+        head = decode(tokenizer, ids[:i])
+        if len(head) <= char and text.startswith(head):
+            return i
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+class Request(NamedTuple):
+    """One generation to make. `id` names it and seeds its own random generator."""
+    id: str
+    prefix: list  # token ids: prompt, or prompt + z[:h] + trigger
+
+
+class Completion(NamedTuple):
+    """What the model wrote after a prefix. `ids` end with EOS unless `finished` is "length"."""
+    id: str
+    ids: list
+    finished: str  # "stop" or "length"
+
+
+class SlotCache:
+    """Keys and values of the active rows, one slot a row, left-aligned, so that rows of any length share a batch.
+
+    transformers calls `update` from every attention layer with one new token a row: it is written at the row's own
+    length, and the slots up to the longest row are handed to attention (a mask hides what lies beyond each row).
+    """
+
+    def __init__(self, rows):
+        self.rows, self.keys, self.values = rows, {}, {}
+        self.lengths = torch.zeros(rows, dtype=torch.long)  # tokens held by each slot, on the CPU
+
+    def put(self, slot, layers, row, length):
+        """Copy the first `length` positions of row `row` of a prefilled cache into a slot."""
+        self.lengths[slot] = length
+        for i, layer in enumerate(layers):
+            for store, new in ((self.keys, layer.keys), (self.values, layer.values)):
+                self._reserve(store, i, new, length)
+                store[i][slot, :, :length] = new[row, :, :length]
+
+    def _reserve(self, store, i, like, length):
+        held = store[i].shape[2] if i in store else 0
+        if held < length:
+            grown = like.new_zeros(self.rows, like.shape[1], max(length + 64, held * 3 // 2), like.shape[3])
+            if held:
+                grown[:, :, :held] = store[i]
+            store[i] = grown
+
+    def move(self, source, target):
+        """Copy one slot over another: how the last active row takes a finished row's place."""
+        self.lengths[target] = self.lengths[source]
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[target] = tensor[source]
+
+    def begin_step(self, active):
+        """Make room for one more token in the first `active` slots."""
+        self.active, self.span = active, int(self.lengths[:active].max()) + 1
+        device = next(iter(self.keys.values())).device
+        self.rows_index = torch.arange(active, device=device)
+        self.positions = self.lengths[:active].to(device)
+        self.mask = (torch.arange(self.span, device=device) <= self.positions[:, None])[:, None, None]  # (B,1,1,span)
+        for store in (self.keys, self.values):
+            for i in store:
+                self._reserve(store, i, store[i], self.span)
+
+    def update(self, keys, values, layer, *_, **__):
+        """(active, heads, 1, d) of the new token -> (active, heads, span, d) of all tokens so far."""
+        out = []
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            store[self.rows_index, :, self.positions] = new[:, :, 0]
+            out.append(store[:self.active, :, :self.span])
+        return tuple(out)
+
+    def end_step(self):
+        self.lengths[:self.active] += 1
+
+
+def next_token(logits, temperature, top_p, uniform):
+    """Choose one token a row by inverting the cumulative distribution at the row's own uniform number.
+
+    logits (B, V); uniform float (B,) in [0, 1); returns long (B,). Temperature 0 is the arg max. Top-p keeps the
+    most probable tokens up to and including the one that reaches `top_p`.
+
+    >>> logits = torch.tensor([[0.0, 1.0, 2.0]]).log_softmax(-1)
+    >>> [next_token(logits, 1.0, 0.9, torch.tensor([u])).item() for u in (0.1, 0.7, 0.99)]  # p = .09 .24 .67
+    [2, 2, 1]
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
+    cdf = p.cumsum(-1)
+    chosen = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # the first token whose cdf exceeds u * total
+    chosen = torch.minimum(chosen, (p > 0).sum(-1) - 1)  # rounding must not reach past the last kept token
+    return order.gather(-1, chosen[:, None])[:, 0]
+
+
+def request_uniforms(seed, id, n):
+    """The n uniform numbers of one request. They depend on the seed and the request's id alone, so neither a
+    restart nor another order of the requests changes what is drawn."""
+    digest = hashlib.sha256(f"{seed} {id}".encode()).digest()
+    return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+
+
+@dataclass
+class _Row:
+    request: Request
+    uniforms: list
+    ids: list = field(default_factory=list)
+
+
+@torch.no_grad()
+def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95, seed=0, batch_size=16, done=(),
+           title="sampling"):
+    """Sample one completion for each request and yield it as soon as it is finished.
+
+    Batched decoding with a KV cache: requests sorted by length, finished rows leave at once and waiting ones take
+    their slots, rows with one prefix share its prefill. Requests are handled in waves of `4 * batch_size`; a wave
+    whose ids are all in `done` is skipped, and any other is sampled whole, so that a restarted run has the same
+    batches, hence the same rounding, and gives bit for bit what an undisturbed run gives.
+
+    requests: list of Request. eos: set of ids that end a row. A row also ends after `max_new_tokens`, or where the
+    model's context is full. Raises ValueError for a prefix that leaves no room in the context: callers drop those.
+    """
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError("the sampler needs attn_implementation='sdpa': other kernels misread its per-row mask")
+    context = model.config.max_position_embeddings
+    for r in requests:
+        if len(r.prefix) >= context:
+            raise ValueError(f"request {r.id}: prefix of {len(r.prefix)} tokens fills the context of {context}. "
+                             "Drop it and count it.")
+    requests = sorted(requests, key=lambda r: (len(r.prefix), r.prefix, r.id))
+    tokens, start = 0, time.monotonic()
+    with tqdm(total=len(requests), desc=title, unit="req", disable=None) as bar:
+        for i in range(0, len(requests), 4 * batch_size):
+            wave = requests[i:i + 4 * batch_size]
+            if all(r.id in done for r in wave):
+                bar.update(len(wave))
+                continue
+            for completion in _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
+                tokens += len(completion.ids)
+                bar.update()
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
+                yield completion
+
+
+def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    limit = model.config.max_position_embeddings
+    waiting, rows = deque(wave), []
+    cache = SlotCache(min(batch_size, len(wave)))
+
+    def extend(group, hidden):  # hidden (len(group), H) of the last token: choose the next one
+        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in group], device=hidden.device)
+        for row, token in zip(group, next_token(head(hidden), temperature, top_p, uniforms).tolist()):
+            row.ids.append(token)
+
+    while waiting or rows:
+        fresh = [_Row(r, request_uniforms(seed, r.id, max_new_tokens).tolist())
+                 for r in (waiting.popleft() for _ in range(min(len(waiting), cache.rows - len(rows))))]
+        if fresh:
+            extend(fresh, _prefill(decoder, [row.request.prefix for row in fresh], cache, len(rows)))
+            rows += fresh
+        slot = 0
+        while slot < len(rows):
+            row = rows[slot]
+            stopped = row.ids[-1] in eos
+            if stopped or len(row.ids) == max_new_tokens or len(row.request.prefix) + len(row.ids) >= limit:
+                yield Completion(row.request.id, row.ids, "stop" if stopped else "length")
+                cache.move(len(rows) - 1, slot)
+                rows[slot] = rows[-1]
+                rows.pop()
+            else:
+                slot += 1
+        if rows and not (waiting and len(rows) < cache.rows):
+            cache.begin_step(len(rows))
+            hidden = decoder(input_ids=torch.tensor([[row.ids[-1]] for row in rows], device=model.device),
+                             position_ids=cache.positions[:, None], attention_mask=cache.mask,
+                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            cache.end_step()
+            extend(rows, hidden)
+
+
+def _prefill(decoder, prefixes, cache, slot):
+    """Run prefixes through the decoder, each different one once; fill the slots from `slot` on; last hiddens (n, H)."""
+    from transformers import DynamicCache
+    index = {}
+    for prefix in prefixes:
+        index.setdefault(tuple(prefix), len(index))
+    device = decoder.device
+    width = max(map(len, index))
+    input_ids = torch.tensor([list(p) + [0] * (width - len(p)) for p in index], device=device)
+    lengths = torch.tensor([len(p) for p in index], device=device)
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    filled = DynamicCache()
+    hidden = decoder(input_ids=input_ids, attention_mask=mask.long(), past_key_values=filled,
+                     use_cache=True).last_hidden_state
+    which = [index[tuple(p)] for p in prefixes]
+    for k, row in enumerate(which):
+        cache.put(slot + k, filled.layers, row, len(prefixes[k]))
+    return hidden[which, lengths[which] - 1]
+
+
+class LocalSampler:
+    """Samples from a model in this process; it is loaded when the first request is really sampled."""
+
+    def __init__(self, path, *, temperature, top_p, max_new_tokens, seed, batch_size=16, device="auto", dtype="auto"):
+        self.path, self.device, self.dtype, self.model = path, device, dtype, None
+        self.tokenizer = load_tokenizer(path)
+        self.max_new_tokens = max_new_tokens
+        self.options = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
+                            batch_size=batch_size)
+        self.eos, self.context = eos_ids(path, self.tokenizer), context_length(path)
+
+    def __call__(self, requests, done=(), title="sampling"):
+        """Yield a Completion for each request that is not in `done`, and perhaps for some that are (see `sample`)."""
+        if all(r.id in done for r in requests):
+            return
+        if self.model is None:
+            device = pick_device(self.device)
+            self.model = load_model(self.path, device, pick_dtype(self.dtype, device))
+        yield from sample(self.model, requests, eos=self.eos, done=done, title=title, **self.options)
+
+
+class ServerSampler:
+    """Samples from an OpenAI-compatible `/v1/completions` server, which is sent token ids and nothing else."""
+
+    def __init__(self, path, url, *, temperature, top_p, max_new_tokens, seed, concurrency=16):
+        self.tokenizer, self.url, self.concurrency = load_tokenizer(path), url.rstrip("/"), concurrency
+        self.payload = dict(model=path, temperature=temperature, top_p=top_p, return_token_ids=True)
+        self.seed, self.max_new_tokens = seed, max_new_tokens
+        self.eos, self.context = eos_ids(path, self.tokenizer), context_length(path)
+
+    def __call__(self, requests, done=(), title="sampling"):
+        """Yield a Completion for each request that is not in `done`, in their order."""
+        requests = [r for r in requests if r.id not in done]
+        session = open_session(self.concurrency)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            yield from tqdm(pool.map(lambda r: self._complete(session, r), requests), total=len(requests), desc=title,
+                            unit="req", disable=None)
+
+    def _complete(self, session, request):
+        room = min(self.max_new_tokens, self.context - len(request.prefix))
+        seed = int(request_uniforms(self.seed, request.id, 1).item() * 2 ** 31)
+        reply = post_json(session, f"{self.url}/completions",
+                          {**self.payload, "prompt": request.prefix, "max_tokens": room, "seed": seed})
+        choice = reply["choices"][0]
+        counted = (reply.get("usage") or {}).get("prompt_tokens", len(request.prefix))
+        if counted != len(request.prefix):
+            raise SystemExit(f"{self.url}: {len(request.prefix)} prompt tokens were sent, the server counted {counted}. "
+                             "It changes the prompt (a second BOS?); continuing from an exact prefix needs it unchanged.")
+        stopped = choice.get("finish_reason") == "stop"
+        ids = choice.get("token_ids")
+        if ids is None:
+            ids = self.tokenizer.encode(choice["text"], add_special_tokens=False)
+        if stopped and (not ids or ids[-1] not in self.eos):
+            ids = ids + [min(self.eos)]
+        return Completion(request.id, ids, "stop" if stopped else "length")
+
+
+def open_session(concurrency):
+    """One keep-alive HTTP session with a connection for each thread."""
+    import requests
+    session = requests.Session()
+    adapter = requests.adapters.HTTPAdapter(pool_connections=concurrency, pool_maxsize=concurrency)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
+def post_json(session, url, payload, key=None, tries=6, timeout=600):
+    """POST JSON, return the JSON reply; retries timeouts, connection errors and 408/409/429/5xx with growing pauses.
+
+    Raises RuntimeError with the URL and the status (never the key) when the tries are used up or the request is wrong.
+    """
+    import requests
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    for attempt in range(tries):
+        try:
+            reply = session.post(url, json=payload, headers=headers, timeout=timeout)
+            problem = f"status {reply.status_code}"
+            if reply.ok:
+                return reply.json()
+            if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
+                raise RuntimeError(f"{url}: {problem}: {reply.text[:300]!r}")
+        except (requests.ConnectionError, requests.Timeout, ValueError) as error:
+            problem = type(error).__name__
+        if attempt + 1 < tries:
+            time.sleep(min(60, 0.5 * 2 ** attempt) * random.uniform(0.75, 1))
+    raise RuntimeError(f"{url}: {problem}, {tries} times")
+
+
+# ----------------------------------------------------------------------------------------------- log-probabilities
+
+def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=1024):
+    """Log-probability of each row's completion given what stands before it (the terms of Eq. 4).
+
+    input_ids, attention_mask, completion_mask: (B, T), right-padded; completion_mask is 1 on the tokens to score.
+    Returns float32 (B,), nats, summed over those tokens. The head runs on scored positions only, `chunk` at a time,
+    and each chunk's logits are computed again in the backward pass, so memory does not grow with T times V.
+    """
+    hidden = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    scored = completion_mask[:, 1:].bool()         # the token at t is predicted from position t - 1
+    hidden, targets = hidden[:, :-1][scored], input_ids[:, 1:][scored]                          # (N, H), (N,)
+    rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(scored)[scored]  # (N,)
+    head = model.get_output_embeddings()
+    logps = [checkpoint(_token_logps, head, h, t, use_reentrant=False)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    total = torch.zeros(len(input_ids), dtype=torch.float32, device=input_ids.device)
+    return total.index_add(0, rows, torch.cat(logps)) if logps else total
+
+
+def _token_logps(head, hidden, targets):
+    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
