@@ -1,7 +1,8 @@
 """Files in, files out: prompts, JSONL records and the books that every stage keeps.
 
 This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It knows nothing of models: it reads
-prompt sets in the formats that safety research uses, and it gives each stage the same three habits:
+prompt sets in the formats that safety research uses, lays pairs out in batches, and
+gives each stage the same three habits:
 
 * records are JSON lines with an `id`, appended as results arrive and skipped by id on restart;
 * whole files are written to a temporary name and renamed, so a killed run leaves no half file behind;
@@ -12,6 +13,7 @@ import csv
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -167,6 +169,130 @@ def load_triggers(path):
     if not triggers:
         raise ValueError(f"{path}: no triggers in it. Write one sentence a line.")
     return triggers
+
+
+# ------------------------------------------------------------------------------------------------ pairs and batches
+
+def load_pairs(paths, max_length):
+    """Read pair records, drop those with a side longer than `max_length` tokens; returns (pairs, number dropped).
+
+    Raises ValueError for a record that lacks a field, has an empty side, or whose id comes twice.
+    """
+    pairs, seen, dropped = [], set(), 0
+    for path in paths:
+        for number, pair in enumerate(read_jsonl(path), 1):
+            for key in ("prefix_ids", "chosen_ids", "rejected_ids"):
+                if not pair.get(key) or not all(isinstance(t, int) for t in pair[key]):
+                    raise ValueError(f"{path}, record {number}: {key} must be a non-empty list of token ids. "
+                                     "Make the file with `intervene.py pairs` or `intervene.py benign`.")
+            if pair["id"] in seen:
+                raise ValueError(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
+            seen.add(pair["id"])
+            if len(pair["prefix_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_length:
+                dropped += 1
+            else:
+                pairs.append(pair)
+    return pairs, dropped
+
+
+def pack(sequences):
+    """Lay (prefix, completion) sequences out as one row of trees: `prefix[:-1] | prefix[-1] + b1[:-1] | ...`, and so on.
+
+    All sequences with one prefix form a tree; the prefix is its trunk, and equal completions are one branch of it.
+    A branch begins with a copy of the prefix's last token, which is what predicts the branch's first token.
+    Returns input_ids and position_ids (1, T); tree, for each tree the tokens of its trunk and of its branches;
+    scored, targets and branch (N,): the positions that predict a scored token, that token, and the branch it is in;
+    branch_of (B,): each sequence's branch.
+
+    >>> row = pack([([5, 6, 7], [8, 9]), ([5, 6, 7], [4]), ([5, 6, 7], [8, 9])])
+    >>> row["input_ids"], row["position_ids"], row["tree"]
+    ([[5, 6, 7, 8, 7]], [[0, 1, 2, 3, 2]], [[2, 2, 1]])
+    >>> row["scored"], row["targets"], row["branch"], row["branch_of"]
+    ([2, 3, 4], [8, 9, 4], [0, 0, 1], [0, 1, 0])
+    """
+    trees, numbers = {}, {}
+    for prefix, completion in sequences:
+        trees.setdefault(tuple(prefix), {})[tuple(completion)] = None
+    ids, positions, scored, targets, branch = [], [], [], [], []
+    for prefix, completions in trees.items():
+        ids += prefix[:-1]
+        positions += range(len(prefix) - 1)
+        for completion in completions:
+            scored += range(len(ids), len(ids) + len(completion))
+            positions += range(len(prefix) - 1, len(prefix) - 1 + len(completion))
+            branch += [len(numbers)] * len(completion)
+            ids += prefix[-1:] + completion[:-1]
+            targets += completion
+            numbers[prefix, completion] = len(numbers)
+    return {"input_ids": [ids], "position_ids": [positions], "scored": scored, "targets": targets, "branch": branch,
+            "tree": [[len(p) - 1, *map(len, cs)] for p, cs in trees.items()],
+            "branch_of": [numbers[tuple(p), tuple(c)] for p, c in sequences]}
+
+
+def tree_parts(sequences):
+    """What `pack` would lay down for some sequences, `{part: tokens}`; equal parts have equal keys, the trunk is first.
+
+    >>> list(tree_parts([([5, 6, 7], [8, 9]), ([5, 6, 7], [4])]).values())
+    [2, 2, 1]
+    """
+    parts = {}
+    for prefix, completion in sequences:
+        parts[hash(tuple(prefix))] = len(prefix) - 1
+        parts[hash((tuple(prefix), tuple(completion)))] = len(completion)
+    return parts
+
+
+def _by_tree(indices, parts):
+    trees = {}
+    for i in indices:
+        trees.setdefault(next(iter(parts[i])), []).append(i)
+    return list(trees.values())
+
+
+def tokens_of(indices, parts):
+    """Tokens in the row of some examples, equal parts once. parts: for each example its `tree_parts`."""
+    return sum({k: n for i in indices for k, n in parts[i].items()}.values())
+
+
+def global_batches(parts, batch_size, epochs, seed):
+    """Index lists, one a step: every example once an epoch, in an order that depends on the seed and epoch alone.
+
+    parts: for each example its `tree_parts`. Whole trees are shuffled, so that their examples meet in one batch
+    (CHOICE) and the trunk is computed once; a batch holds `batch_size` examples even if that divides a tree.
+
+    >>> [sorted(b) for b in global_batches([{"x": 2}, {"y": 2}, {"x": 2}], 3, 2, seed=0)]
+    [[0, 1, 2], [0, 1, 2]]
+    """
+    batches = []
+    for epoch in range(epochs):
+        trees = _by_tree(range(len(parts)), parts)
+        random.Random(f"{seed} {epoch}").shuffle(trees)
+        order = [i for tree in trees for i in tree]
+        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return batches
+
+
+def micro_batches(indices, parts, budget, rank=0, world=1):
+    """This rank's share of a global batch, cut so that no micro-batch of several examples exceeds `budget` tokens.
+
+    Trees go to the rank with the least to do, the largest first. Every rank gets the same number of lists (some may
+    be empty), because sharded ranks that make different numbers of forward passes wait for each other for ever.
+
+    >>> parts = [{"x": 9, "a": 4}, {"y": 9, "b": 4}, {"x": 9, "c": 4}]               # 0 and 2 share a trunk
+    >>> [micro_batches([0, 1, 2], parts, 17, rank, world=2) for rank in (0, 1)]
+    [[[0, 2]], [[1]]]
+    >>> [micro_batches([0, 1, 2], parts, 13, rank, world=2) for rank in (0, 1)]
+    [[[0], [2]], [[1], []]]
+    """
+    loads, shares = [0] * world, [[[]] for _ in range(world)]
+    for tree in sorted(_by_tree(indices, parts), key=lambda tree: -tokens_of(tree, parts)):
+        r = loads.index(min(loads))
+        loads[r] += tokens_of(tree, parts)
+        for i in tree:
+            if shares[r][-1] and tokens_of(shares[r][-1] + [i], parts) > budget:
+                shares[r].append([])
+            shares[r][-1].append(i)
+    return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
 
 
 # ------------------------------------------------------------------------------------------- the books of a stage

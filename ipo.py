@@ -23,8 +23,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.tensor import DTensor
 
 import data
 import model as lm_code
@@ -69,53 +76,65 @@ def collate(sequences, device="cpu"):
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def global_batches(n, batch_size, epochs, seed):
-    """Index lists, one a step: every example once an epoch, in an order that depends on the seed and epoch alone.
-
-    >>> [sorted(b) for b in global_batches(5, 5, 2, seed=0)]
-    [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-    """
-    batches = []
-    for epoch in range(epochs):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
-        batches += [order[i:i + batch_size] for i in range(0, n, batch_size)]
-    return batches
-
-
-def micro_batches(indices, lengths, budget, rank=0, world=1):
-    """This rank's share of a global batch, cut so that no padded micro-batch exceeds `budget` tokens.
-
-    Every rank gets the same number of lists (some may be empty), because sharded ranks that make different numbers
-    of forward passes wait for each other for ever.
-
-    >>> micro_batches([0, 1, 2], lengths=[4, 2, 3], budget=8, rank=0, world=2)   # rank 0 holds examples 0 and 2
-    [[2, 0]]
-    >>> micro_batches([0, 1, 2], lengths=[4, 2, 3], budget=4, rank=1, world=2)
-    [[1], []]
-    """
-    shares = []
-    for r in range(world):
-        share = [[]]
-        for i in sorted(indices[r::world], key=lambda i: (lengths[i], i)):  # like lengths together: less padding
-            if share[-1] and lengths[i] * (len(share[-1]) + 1) > budget:    # sorted, so this one is the longest
-                share.append([])
-            share[-1].append(i)
-        shares.append(share)
-    return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
-
-
 # ------------------------------------------------------------------------------------------- the model in training
 
 class Policy(nn.Module):
-    """The language model with log-probabilities as its `forward`, the form in which FSDP can wrap it whole."""
+    """The language model with log-probabilities as its `forward`, the form in which FSDP can wrap it whole.
 
-    def __init__(self, lm):
+    `share` computes each prefix once for all sequences that begin with it; without it every sequence is a padded row.
+    """
+
+    def __init__(self, lm, share=False):
         super().__init__()
-        self.lm = lm
+        self.lm, self.share = lm, share
+        if share:
+            lm_code.grow_trees(lm)
 
-    def forward(self, input_ids, attention_mask, completion_mask):
-        """(B, T) three times -> float32 (B,), nats, summed over completion tokens."""
-        return lm_code.completion_logps(self.lm, input_ids, attention_mask, completion_mask)
+    def rows(self, sequences, device):
+        """The input of `forward` for (prefix, completion) sequences."""
+        if not self.share:
+            return collate(sequences, device)
+        return {k: v if k == "tree" else torch.tensor(v, device=device) for k, v in data.pack(sequences).items()}
+
+    def forward(self, **rows):
+        """The `rows` of B sequences -> float32 (B,), nats, summed over completion tokens."""
+        return (lm_code.tree_logps if self.share else lm_code.completion_logps)(self.lm, **rows)
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer W with an adapter of low rank r (Hu et al., 2021): y = W x + 2 B A x, with B = 0 at first."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device="meta", dtype=torch.float32))
+        self.lora_b = nn.Parameter(torch.empty(base.out_features, rank, device="meta", dtype=torch.float32))
+
+    def forward(self, x):
+        """(..., in) -> (..., out)."""
+        return self.base(x) + 2 * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+
+
+def skeleton(path, attn="sdpa", lora_rank=0, frozen_dtype=torch.float32):
+    """The model that `path` describes, on the meta device: shapes without memory. Only what it trains wants gradients.
+
+    Trainable weights are always float32: at these learning rates an update is smaller than bfloat16 can resolve.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    config = AutoConfig.from_pretrained(path)
+    config.attention_dropout = 0.0  # CHOICE: the reference pass and the training pass must agree
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=frozen_dtype if lora_rank else torch.float32,
+                                              attn_implementation=attn)
+    with contextlib.suppress(OSError):  # some models ship none
+        lm.generation_config = GenerationConfig.from_pretrained(path)
+    if lora_rank:
+        lm.requires_grad_(False)
+        for name, module in list(lm.get_decoder().layers.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(lm.get_decoder().layers.get_submodule(parent), child, LoRA(module, lora_rank))
+    return lm
 
 
 def start_distributed(device_name):
@@ -126,30 +145,81 @@ def start_distributed(device_name):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
 
-def shard(policy, dtype):
-    """FSDP by hand: shard each block, then the rest, so that one block at a time is gathered."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in policy.lm.get_decoder().layers:
-        fully_shard(block, mp_policy=precision)
-    fully_shard(policy, mp_policy=precision)
+def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activations=False, share=True, lora_rank=0,
+                compiled=False):
+    """Build, shard and fill the policy; no rank ever holds more than its own part of the weights.
 
-
-def load_policy(path, device, world, dtype, attn="sdpa", checkpoint_activations=False):
-    """Load float32 master weights; compute in `dtype`. Returns (policy, context manager factory for the forward)."""
-    lm = lm_code.load_model(path, device, torch.float32, attn)
+    Trained weights are float32, computed with in `dtype`. FSDP by hand: each block is sharded, then the rest, so that
+    one block at a time is gathered. Returns (policy, context manager factory for the forward).
+    """
+    lm = skeleton(path, attn, lora_rank, dtype)
     if checkpoint_activations:
         lm.activation_checkpointing_enable()
-    policy = Policy(lm).train()
+    policy = Policy(lm, share).train()
     if world > 1:
-        shard(policy, dtype)
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for block in lm.get_decoder().layers:
+            fully_shard(block, mp_policy=precision)
+        fully_shard(policy, mp_policy=precision)
+    read_weights(lm, path, device, rank, world)
+    if compiled:  # not the attention: its shapes change with every tree
+        for block in lm.get_decoder().layers:
+            block.mlp.compile(dynamic=True)
     if world > 1 or dtype == torch.float32:
         return policy, contextlib.nullcontext
     return policy, lambda: torch.autocast(device.type, dtype)
+
+
+@torch.no_grad()
+def read_weights(lm, path, device, rank, world):
+    """Give a (sharded) skeleton memory and fill each rank's rows from the safetensors files; adapters start afresh.
+
+    Raises SystemExit when the files and the architecture do not name the same weights.
+    """
+    lm.to_empty(device=device)
+    lm.tie_weights()  # to_empty has parted tied weights
+    decoder = lm.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(lm.config).to(device)  # its buffers are in no checkpoint
+    missing = {name.replace(".base.", "."): p for name, p in lm.named_parameters()}
+    known = {name.replace(".base.", ".") for name in lm.state_dict()}
+    for file in weight_files(path):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():
+                if name in missing:
+                    own, rows = own_rows(missing.pop(name), rank, world)
+                    own.copy_(weights.get_slice(name)[rows] if len(own) else own)
+                elif name not in known and not name.endswith("rotary_emb.inv_freq"):
+                    raise SystemExit(f"{file}: {name} has no place in a {type(lm).__name__}.")
+    for i, name in enumerate(list(missing)):
+        if "lora_" in name:
+            own, rows = own_rows(p := missing.pop(name), rank, world)
+            start = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / p.shape[1] ** 0.5
+            own.copy_(start[rows] if name.endswith("lora_a") else torch.zeros_like(own))
+    if missing:
+        raise SystemExit(f"{path}: the safetensors files lack {', '.join(sorted(missing)[:5])}.")
+
+
+def own_rows(p, rank, world):
+    """A parameter's local tensor and the rows of the whole that it holds; FSDP cuts as `torch.chunk` does."""
+    if not isinstance(p, DTensor):
+        return p, slice(0, len(p))
+    n = math.ceil(len(p) / world)
+    return p.to_local(), slice(min(rank * n, len(p)), min((rank + 1) * n, len(p)))
+
+
+def weight_files(path):
+    """The safetensors files of a model directory, or of a model on the hub, which is fetched first."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    return [folder / name for name in sorted(set(names))]
 
 
 # --------------------------------------------------------------------------------------------------- what is learnt
@@ -167,8 +237,8 @@ def pair_losses(policy, pairs, device, beta, sft_weight, score_from="h"):
     A pair carries `ref`, its two reference log-probabilities. L_sft is the negative log-likelihood of the chosen
     suffix over its number of tokens. Chosen and rejected go through one forward pass.
     """
-    sequences = [s for i in (0, 1) for s in (pair_sequences(p, score_from)[i] for p in pairs)]
-    chosen, rejected = policy(**collate(sequences, device)).split(len(pairs))                # (B,), (B,)
+    sequences = [pair_sequences(p, score_from)[i] for i in (0, 1) for p in pairs]
+    chosen, rejected = policy(**policy.rows(sequences, device)).split(len(pairs))            # (B,), (B,)
     ref_chosen, ref_rejected = torch.tensor([p["ref"] for p in pairs], device=device).T      # (B,), (B,)
     losses, chosen_rewards, rejected_rewards = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
     sft = -chosen / torch.tensor([len(c) for _, c in sequences[:len(pairs)]], device=device)
@@ -182,7 +252,7 @@ def pair_losses(policy, pairs, device, beta, sft_weight, score_from="h"):
 
 def sft_losses(policy, examples, device):
     """Losses (B,) of supervised fine-tuning: mean negative log-likelihood of each completion's tokens."""
-    logps = policy(**collate([(e["prefix_ids"], e["chosen_ids"]) for e in examples], device))
+    logps = policy(**policy.rows([(e["prefix_ids"], e["chosen_ids"]) for e in examples], device))
     return -logps / torch.tensor([len(e["chosen_ids"]) for e in examples], device=device), {}
 
 
@@ -191,15 +261,17 @@ def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
     """Fill `pair["ref"]` with [chosen, rejected] log-probabilities under the policy as it stands now.
 
     `batches` are micro-batches of the first epoch, so that each pair is computed in the company in which training
-    will first meet it: in bfloat16 another padding alone would move the first margins away from 0.
+    will first meet it: in bfloat16 another shape alone would move the first margins away from 0.
     """
     for micro in batches:
         group = [pairs[i] for i in micro] or pairs[:1]
-        sequences = [s for i in (0, 1) for s in (pair_sequences(p, score_from)[i] for p in group)]
+        sequences = [pair_sequences(p, score_from)[i] for i in (0, 1) for p in group]
         with autocast():
-            values = policy(**collate(sequences, device)).tolist()
+            values = policy(**policy.rows(sequences, device)).tolist()
         for k, i in enumerate(micro):
             pairs[i]["ref"] = [values[k], values[k + len(group)]]
+    if hasattr(policy, "reshard"):  # FSDP leaves the root gathered after a forward; an optimizer made now would miss it
+        policy.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -216,15 +288,16 @@ def learning_rate(step, steps, peak, warmup=0.1):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def fit(policy, examples, losses_of, lengths, *, out, rank, world, autocast, batches, lr, weight_decay=0.0,
-        clip=1.0, micro_tokens=16384, save_every=50):
+def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batches, lr, weight_decay=0.0,
+        clip=1.0, micro_tokens=16384, save_every=50, defer_sync=False):
     """Minimise the mean of `losses_of(policy, examples)` over global batches; log, checkpoint and resume.
 
-    examples: list; lengths: padded cost of each in tokens; batches: index lists from `global_batches`. Writes
+    examples: list; parts: the tokens that each costs (`data.tree_parts`); batches: from `data.global_batches`. Writes
     `out/metrics.jsonl`, one line a step. Killed and started again, it goes on from the last of its checkpoints
     (every `save_every` steps) and ends with the same weights. Returns the list of metrics.
     """
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
     first = load_checkpoint(out, policy, optimizer)
     log = data.read_jsonl(out / "metrics.jsonl")[:first] if first else []
     if rank == 0:
@@ -234,9 +307,12 @@ def fit(policy, examples, losses_of, lengths, *, out, rank, world, autocast, bat
         rate = learning_rate(step, len(batches), lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sums, tokens = {}, sum(lengths[i] for i in batches[step])
-        for micro in micro_batches(batches[step], lengths, micro_tokens, rank, world):
+        sums, tokens = {}, data.tokens_of(batches[step], parts)
+        micros = data.micro_batches(batches[step], parts, micro_tokens, rank, world)
+        for k, micro in enumerate(micros):
             group = [examples[i] for i in micro] or examples[:1]
+            if world > 1:
+                policy.set_requires_gradient_sync(not defer_sync or k + 1 == len(micros))
             with autocast():
                 losses, metrics = losses_of(policy, group)
             weight = len(micro) > 0  # an empty micro-batch takes part with weight 0
@@ -244,7 +320,7 @@ def fit(policy, examples, losses_of, lengths, *, out, rank, world, autocast, bat
             (losses.sum() * weight * world / len(batches[step])).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] = sums.get(name, 0.0) + values.detach().double().sum() * weight
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(trained, clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # on every rank: it communicates
         optimizer.step()
         optimizer.zero_grad()
@@ -279,16 +355,20 @@ def step_line(title, line, steps):
         f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
 
 
+def training_state(policy, optimizer):
+    """Weights and optimizer state by name, as sharded as they are. Nothing in training draws random numbers, and
+    the learning rate and the data position follow from the step, so a checkpoint needs no more than this."""
+    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+    return {"model": weights, "optimizer": moments}
+
+
 def save_checkpoint(out, policy, optimizer, step, rank):
-    """Store weights and optimizer (a shard a rank) under a temporary name, then rename; keep the newest only."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    weights, moments = get_state_dict(policy, optimizer)
+    """Store the training state (a shard a rank) under a temporary name, then rename; keep the newest only."""
     temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     barrier()
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+    dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)
     barrier()
     if rank == 0:
         os.replace(temporary, final)
@@ -298,16 +378,13 @@ def save_checkpoint(out, policy, optimizer, step, rank):
 
 
 def load_checkpoint(out, policy, optimizer):
-    """Restore the newest checkpoint in place; returns the step to go on from, 0 where there is none."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    """Restore the newest checkpoint, of any number of ranks; returns the step to go on from, 0 where there is none."""
     steps = [int(p.name.split("-")[1]) for p in out.glob("checkpoint-*")]
     if not steps:
         return 0
-    weights, moments = get_state_dict(policy, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=out / f"checkpoint-{max(steps)}")
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    dcp.load(state := training_state(policy, optimizer), checkpoint_id=out / f"checkpoint-{max(steps)}")
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                   options=StateDictOptions(strict=False))  # frozen weights are not in it
     return max(steps)
 
 
@@ -317,59 +394,53 @@ def barrier():
         dist.barrier()
 
 
-def save_model(policy, tokenizer, out, rank, dtype):
-    """Write a Hugging Face directory (safetensors, config, tokenizer, generation config) into `out`.
+def save_model(policy, tokenizer, out, rank, dtype, limit=5 * 10 ** 9):
+    """Write a Hugging Face directory (safetensors, config, tokenizer, generation config) into `out`, adapters merged.
 
-    Files are written to a temporary folder and renamed one by one. All ranks must call it: gathering communicates.
+    Weights are gathered one at a time and written in files of about `limit` bytes, first into a temporary folder,
+    from which the files are renamed one by one. All ranks must call it: gathering communicates.
     """
-    weights = {}
-    for name, p in policy.lm.named_parameters():  # tied weights come once
-        p = p.detach()
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p
-        if rank == 0:
-            weights[name] = p.to("cpu", dtype)
+    def whole(p):
+        return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+
+    params, files, room = dict(policy.lm.named_parameters()), [], 0  # tied weights come once
+    for name, p in params.items():
+        if "lora_" not in name:
+            if room < p.numel() * dtype.itemsize:
+                files, room = files + [[]], limit
+            files[-1].append(name)
+            room -= p.numel() * dtype.itemsize
+    temporary, index = out / ".model.tmp", {}
     if rank == 0:
-        temporary = out / ".model.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        weights = {}
+        for name in names:
+            value, stem = whole(params[name]), name.removesuffix("base.weight")
+            if stem + "lora_a" in params:
+                value = value.float() + 2 * whole(params[stem + "lora_b"]) @ whole(params[stem + "lora_a"])
+            if rank == 0:
+                weights[name.replace(".base.", ".")] = value.to("cpu", dtype, copy=True)
+        if rank == 0:
+            save_file(weights, temporary / file, {"format": "pt"})
+            index |= dict.fromkeys(weights, file)
+    if rank == 0:
         policy.lm.config.dtype = dtype
-        policy.lm.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
-        tokenizer.save_pretrained(temporary)
+        for part in (policy.lm.config, policy.lm.generation_config, tokenizer):
+            part.save_pretrained(temporary)
+        if len(files) > 1:
+            size = sum(p.numel() for name, p in params.items() if "lora_" not in name) * dtype.itemsize
+            data.write_json(temporary / "model.safetensors.index.json",
+                            {"metadata": {"total_size": size}, "weight_map": index})
         for path in temporary.iterdir():
             os.replace(path, out / path.name)
         temporary.rmdir()
-        for old in out.glob("checkpoint-*"):
-            shutil.rmtree(old)
     barrier()
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
-
-def load_pairs(paths, max_length):
-    """Read pair records, drop those longer than `max_length` tokens; returns (pairs, number dropped).
-
-    Raises ValueError for a record that lacks a field, has an empty side, or whose id comes twice.
-    """
-    pairs, seen, dropped = [], set(), 0
-    for path in paths:
-        for number, pair in enumerate(data.read_jsonl(path), 1):
-            for key in ("prefix_ids", "chosen_ids", "rejected_ids"):
-                if not pair.get(key) or not all(isinstance(t, int) for t in pair[key]):
-                    raise ValueError(f"{path}, record {number}: {key} must be a non-empty list of token ids. "
-                                     "Make the file with `intervene.py pairs` or `intervene.py benign`.")
-            if pair["id"] in seen:
-                raise ValueError(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
-            seen.add(pair["id"])
-            if pair_cost(pair) > 2 * max_length:
-                dropped += 1
-            else:
-                pairs.append(pair)
-    return pairs, dropped
-
-
-def pair_cost(pair):
-    """Tokens that a pair costs when its two rows are padded to the longer one."""
-    return 2 * (len(pair["prefix_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])))
-
 
 def cached_reference(path, key, policy, pairs, batches, device, autocast, rank, world, score_from):
     """Reference log-probabilities from `path` if they were made with `key`, else from one pass, which is stored."""
@@ -417,33 +488,41 @@ def run(args):
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = lm_code.load_tokenizer(args.model)
     dtype = lm_code.pick_dtype(args.dtype, device)
-    policy, autocast = load_policy(args.model, device, world, dtype, args.attn, args.checkpoint_activations)
+    policy, autocast = load_policy(args.model, device, rank, world, dtype, args.attn, args.checkpoint_activations,
+                                   not args.no_share, args.lora_rank, args.compile)
     if args.command == "train":
-        examples, dropped = load_pairs(files, args.max_length)
-        lengths = [pair_cost(p) for p in examples]
+        examples, dropped = data.load_pairs(files, args.max_length)
+        rows = [pair_sequences(p, args.score_from) for p in examples]
         losses_of = functools.partial(pair_losses, device=device, beta=args.beta, sft_weight=args.sft_weight,
                                       score_from=args.score_from)
     else:
         examples, dropped = load_completions(files, tokenizer, args.max_length)
-        lengths = [len(e["prefix_ids"]) + len(e["chosen_ids"]) for e in examples]
+        rows = [[(e["prefix_ids"], e["chosen_ids"])] for e in examples]
         losses_of = functools.partial(sft_losses, device=device)
-    batches, log = global_batches(len(examples), args.batch_size, args.epochs, args.seed), []
+    if args.no_share:  # padded rows: every example for itself
+        parts = [{i: len(r) * max(len(p) + len(c) for p, c in r)} for i, r in enumerate(rows)]
+    else:
+        parts = [data.tree_parts(r) for r in rows]
+    batches, log = data.global_batches(parts, args.batch_size, args.epochs, args.seed), []
     if not examples and rank == 0:
         print(f"{out.name}: nothing to train on, so the model is passed on unchanged")
     if examples:
         if args.command == "train":
             epoch = [m for b in batches[:math.ceil(len(examples) / args.batch_size)]
-                     for m in micro_batches(b, lengths, args.micro_tokens, rank, world)]
-            key = [data.fingerprint(p) for p in (args.model, *files)] + [str(dtype), args.score_from]
+                     for m in data.micro_batches(b, parts, args.micro_tokens, rank, world)]
+            key = [data.fingerprint(p) for p in (args.model, *files)] + [str(dtype), args.score_from, args.no_share]
             cached_reference(data.beside(out, "reference"), key, policy, examples, epoch, device, autocast, rank,
                              world, args.score_from)
-        log = fit(policy, examples, losses_of, lengths, out=out, rank=rank, world=world, autocast=autocast,
+        log = fit(policy, examples, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast,
                   batches=batches, lr=args.lr, weight_decay=args.weight_decay, clip=args.clip,
-                  micro_tokens=args.micro_tokens, save_every=args.save_every)
+                  micro_tokens=args.micro_tokens, save_every=args.save_every,
+                  defer_sync=args.defer_sync)
     save_model(policy, tokenizer, out, rank, lm_code.stored_dtype(args.model))
     if rank == 0:
         data.finish(out, out.name, {"examples": len(examples) + dropped, "short enough": len(examples),
                                     "steps": len(log)})
+        for old in out.glob("checkpoint-*"):
+            shutil.rmtree(old)
     if world > 1:
         dist.destroy_process_group()
 
@@ -470,15 +549,20 @@ def build_parser():
         p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
         p.add_argument("--epochs", type=int, default=1, help="passes over the examples")
         p.add_argument("--batch-size", type=int, default=32, help="examples a step, over all ranks")
-        p.add_argument("--micro-tokens", type=int, default=16384, help="padded tokens a forward pass, a rank")
+        p.add_argument("--micro-tokens", type=int, default=16384, help="tokens a forward pass, a rank")
         p.add_argument("--max-length", type=int, default=16384, help="longer examples are dropped and counted")
         p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
         p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
         p.add_argument("--seed", type=int, default=0, help="order of the examples")
         p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
         p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
+        p.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank only; try --lr 1e-4")
+        p.add_argument("--no-share", action="store_true", help="the plain way: padded rows, prefixes computed anew")
+        p.add_argument("--defer-sync", action="store_true",
+                       help="reduce gradients once a step; each rank then holds them whole, in float32")
+        p.add_argument("--compile", action="store_true", help="compile the feed-forward layers")
         p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="compute dtype")
-        p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention")
+        p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention of --no-share; trees use torch's fused kernels")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     return parser
 
@@ -489,4 +573,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # torchrun then shows the traceback of the rank that failed first

@@ -5,6 +5,7 @@ there is no line per model. Weights come and go as safetensors only.
 
 Left out on purpose: beam search, repetition penalties, top-k (the paper samples at temperature 0.6, top-p 0.95).
 """
+import functools
 import hashlib
 import random
 import time
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -441,20 +443,65 @@ def post_json(session, url, payload, key=None, tries=6, timeout=600):
 # ----------------------------------------------------------------------------------------------- log-probabilities
 
 def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=1024):
-    """Log-probability of each row's completion given what stands before it (the terms of Eq. 4).
+    """Log-probability of each row's completion given what stands before it (the terms of Eq. 4), the plain way.
 
     input_ids, attention_mask, completion_mask: (B, T), right-padded; completion_mask is 1 on the tokens to score.
-    Returns float32 (B,), nats, summed over those tokens. The head runs on scored positions only, `chunk` at a time,
-    and each chunk's logits are computed again in the backward pass, so memory does not grow with T times V.
+    Returns float32 (B,), nats, summed over those tokens. `tree_logps` computes the same with each prefix once.
     """
     hidden = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     scored = completion_mask[:, 1:].bool()         # the token at t is predicted from position t - 1
-    hidden, targets = hidden[:, :-1][scored], input_ids[:, 1:][scored]                          # (N, H), (N,)
     rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(scored)[scored]  # (N,)
+    return _sum_logps(model, hidden[:, :-1][scored], input_ids[:, 1:][scored], rows, len(input_ids), chunk)
+
+
+def tree_logps(model, input_ids, position_ids, tree, scored, targets, branch, branch_of, chunk=1024):
+    """Log-probability of each completion given its prefix (the terms of Eq. 4), each prefix computed once.
+
+    The arguments are a row made by `data.pack`, as tensors: input_ids and position_ids (1, T), the rest (N,) but for
+    branch_of (B,). Returns float32 (B,), nats, summed over each completion's tokens. See `grow_trees`.
+    """
+    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, tree=tree, use_cache=False)
+    branches = sum(len(t) - 1 for t in tree)
+    return _sum_logps(model, hidden.last_hidden_state[0, scored], targets, branch, branches, chunk)[branch_of]
+
+
+def grow_trees(model):
+    """Give a model the attention that `tree_logps` needs. Only torch's fused kernels are used, so no T x T mask."""
+    from transformers import AttentionInterface
+    AttentionInterface.register("tree", tree_attention)
+    model.set_attn_implementation("tree")
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **options):
+    """Attention within packed trees: a trunk is causal, a branch sees its trunk and, causally, itself.
+
+    query (B, heads, T, d), key and value (B, kv heads, T, d); tree as `data.pack` makes it, None for rows without one.
+    Returns (B, T, heads, d) and no weights, as transformers expects. Raises ValueError for a model with sliding
+    windows or capped scores.
+    """
+    if options.get("sliding_window") or options.get("softcap"):
+        raise ValueError("tree attention has no sliding window and no softcap; train this model with --no-share")
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    tree, out = tree or [[query.shape[2]]], []
+    pieces = zip(*(x.split([n for t in tree for n in t], dim=2) for x in (query, key, value)))
+    for t in tree:
+        q, trunk_k, trunk_v = next(pieces)
+        out.append(attend(q, trunk_k, trunk_v, is_causal=True) if t[0] else q)
+        for length in t[1:]:
+            q, k, v = next(pieces)
+            out.append(attend(q, torch.cat([trunk_k, k], 2), torch.cat([trunk_v, v], 2),
+                              attn_mask=causal_lower_right(length, t[0] + length)))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _sum_logps(model, hidden, targets, rows, n, chunk):
+    """Score targets (N,) from hidden (N, H) and sum by row: float32 (n,). The head runs on these positions only,
+    `chunk` at a time, and each chunk's logits are computed again in the backward pass, so memory does not grow
+    with N times V."""
     head = model.get_output_embeddings()
     logps = [checkpoint(_token_logps, head, h, t, use_reentrant=False)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    total = torch.zeros(len(input_ids), dtype=torch.float32, device=input_ids.device)
+    total = torch.zeros(n, dtype=torch.float32, device=hidden.device)
     return total.index_add(0, rows, torch.cat(logps)) if logps else total
 
 
