@@ -527,6 +527,46 @@ def run(args):
         dist.destroy_process_group()
 
 
+def plan(path, gpus=1, micro_tokens=16384, dtype=torch.bfloat16, checkpointed=True, lora_rank=0):
+    """What one rank will hold at its fullest, in bytes by kind, from the model's config alone.
+
+    Returns (parameters, trained parameters, {kind: bytes}, arithmetic operations a token). Activations are what a
+    Llama block keeps for its backward pass; the frameworks' own memory, about 1 GB on a GPU, is not in it.
+    """
+    lm = skeleton(path, lora_rank=lora_rank, frozen_dtype=dtype)
+    c, size, unit = lm.config, dtype.itemsize, lambda ps: sum(p.numel() for p in ps)
+    blocks, vocabulary = list(lm.get_decoder().layers), lm.get_input_embeddings().weight.numel()
+    total, trained = unit(lm.parameters()), unit(p for p in lm.parameters() if p.requires_grad)
+    block, outside = unit(blocks[0].parameters()), unit(lm.parameters()) - unit(lm.get_decoder().layers.parameters())
+    full = not lora_rank
+    head = 2 ** (22 if dtype == torch.float32 else 27)                        # logits in a chunk, see TokenLogps
+    kv = c.num_key_value_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
+    kept = size * (9 * c.hidden_size + 4 * kv + 4 * c.intermediate_size) + 8 * c.hidden_size * (size < 4)
+    kept_blocks = size * c.hidden_size * len(blocks) + kept if checkpointed else kept * len(blocks)
+    kinds = {"weights": (4 * trained + (total - trained) * size) / gpus,
+             "weights gathered": size * (outside + 2 * block) if gpus > 1 else size * trained * (size < 4),
+             "gradients": 4 * trained / gpus + full * (vocabulary * 4 if gpus == 1 else (size + 4) * outside),
+             "optimizer": 8 * trained / gpus,
+             "activations": micro_tokens * (kept_blocks + 2 * size * c.intermediate_size),
+             "logits": head * (8 + size)}
+    operations = (6 if full else 4) * (total - vocabulary * (not c.tie_word_embeddings))
+    return total, trained, kinds, operations
+
+
+def print_plan(args):
+    """The stage `plan`: print a table, and whether it fits."""
+    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    total, trained, kinds, operations = plan(args.model, args.gpus, args.micro_tokens, dtype,
+                                             args.checkpoint_activations, args.lora_rank)
+    print(f"{args.model}: {total / 1e9:.3f} B parameters, {trained / 1e9:.3f} B trained, {args.gpus} GPU(s)")
+    for kind, size in {**kinds, "together": sum(kinds.values())}.items():
+        print(f"  {kind:18}{size / 1e9:8.2f} GB a rank")
+    fits = sum(kinds.values()) < 0.92 * args.gpu_memory * 1e9  # CHOICE: 8 % for kernels and fragmentation
+    print(f"  {'fits' if fits else 'does NOT fit'} in {args.gpu_memory:g} GB; about "
+          f"{args.gpus * args.tflops * 1e12 * args.mfu / operations:,.0f} tokens/s at {args.mfu:.0%} of "
+          f"{args.tflops:g} TFLOP/s")
+
+
 def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="ipo.py", description="Train on preference pairs (or completions).")
@@ -564,12 +604,24 @@ def build_parser():
         p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="compute dtype")
         p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention of --no-share; trees use torch's fused kernels")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    p = commands.add_parser("plan", help="memory and speed from the config alone", description=plan.__doc__,
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--model", required=True, help="directory or hub name; only its config is read")
+    p.add_argument("--gpus", type=int, default=1, help="ranks")
+    p.add_argument("--gpu-memory", type=float, default=80, help="GB of each")
+    p.add_argument("--tflops", type=float, default=989, help="peak of each in the compute dtype (H100: 989)")
+    p.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+    p.add_argument("--micro-tokens", type=int, default=16384, help="tokens a forward pass, a rank")
+    p.add_argument("--lora-rank", type=int, default=0, help="as in train")
+    p.add_argument("--checkpoint-activations", action="store_true", help="as in train")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="as in train")
     return parser
 
 
 def main(argv=None):
     """Run one stage from the command line."""
-    run(build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    print_plan(args) if args.command == "plan" else run(args)
 
 
 if __name__ == "__main__":

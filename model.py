@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -442,7 +441,7 @@ def post_json(session, url, payload, key=None, tries=6, timeout=600):
 
 # ----------------------------------------------------------------------------------------------- log-probabilities
 
-def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=1024):
+def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=0):
     """Log-probability of each row's completion given what stands before it (the terms of Eq. 4), the plain way.
 
     input_ids, attention_mask, completion_mask: (B, T), right-padded; completion_mask is 1 on the tokens to score.
@@ -454,7 +453,7 @@ def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=10
     return _sum_logps(model, hidden[:, :-1][scored], input_ids[:, 1:][scored], rows, len(input_ids), chunk)
 
 
-def tree_logps(model, input_ids, position_ids, tree, scored, targets, branch, branch_of, chunk=1024):
+def tree_logps(model, input_ids, position_ids, tree, scored, targets, branch, branch_of, chunk=0):
     """Log-probability of each completion given its prefix (the terms of Eq. 4), each prefix computed once.
 
     The arguments are a row made by `data.pack`, as tensors: input_ids and position_ids (1, T), the rest (N,) but for
@@ -495,15 +494,46 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
 
 
 def _sum_logps(model, hidden, targets, rows, n, chunk):
-    """Score targets (N,) from hidden (N, H) and sum by row: float32 (n,). The head runs on these positions only,
-    `chunk` at a time, and each chunk's logits are computed again in the backward pass, so memory does not grow
-    with N times V."""
-    head = model.get_output_embeddings()
-    logps = [checkpoint(_token_logps, head, h, t, use_reentrant=False)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    total = torch.zeros(n, dtype=torch.float32, device=hidden.device)
-    return total.index_add(0, rows, torch.cat(logps)) if logps else total
+    """Score targets (N,) from hidden (N, H) with the head and sum by row: float32 (n,)."""
+    weight, kind = model.get_output_embeddings().weight, hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+    chunk = chunk or max(1, 2 ** (22 if kind == "cpu" else 27) // len(weight))  # logits; 16 MB is what malloc keeps
+    logps = TokenLogps.apply(hidden, weight, targets, chunk)
+    return torch.zeros(n, dtype=torch.float32, device=hidden.device).index_add(0, rows, logps)
 
 
-def _token_logps(head, hidden, targets):
-    return -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+class TokenLogps(torch.autograd.Function):
+    """Log-probabilities of tokens under `softmax(hidden @ weight.T)`, whose logits exist for `chunk` tokens at a time.
+
+    hidden (N, H), weight (V, H), targets (N,) -> float32 (N,), nats. Forward keeps log Z of each token; backward
+    computes a chunk's logits again, makes them d/dlogits = onehot - softmax in place, and sums the weight's gradient
+    in float32. Memory does not grow with N times V.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk):
+        """Logits minus log Z, at the targets."""
+        logps, log_z = [], []
+        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = (h @ weight.T).float()                                                             # (chunk, V)
+            log_z.append(logits.logsumexp(-1))
+            logps.append(logits.gather(-1, t[:, None])[:, 0] - log_z[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_z))
+        ctx.chunk = chunk
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of hidden and, unless it is frozen, of weight."""
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for out, h, t, z, g in zip(*(x.split(ctx.chunk) for x in (grad_hidden, hidden, targets, log_z, grad))):
+            d = (h @ weight.T).float().sub_(z[:, None]).exp_().mul_(-g[:, None])
+            d.scatter_add_(1, t[:, None], g[:, None])
+            d = d.to(weight.dtype)
+            out.copy_(d @ weight)
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T.float(), h.float()) if d.dtype == torch.float32 else grad_weight.add_(d.T @ h)
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None
