@@ -539,7 +539,8 @@ def plan(path, gpus=1, micro_tokens=16384, dtype=torch.bfloat16, checkpointed=Tr
     total, trained = unit(lm.parameters()), unit(p for p in lm.parameters() if p.requires_grad)
     block, outside = unit(blocks[0].parameters()), unit(lm.parameters()) - unit(lm.get_decoder().layers.parameters())
     full = not lora_rank
-    head = 2 ** (22 if dtype == torch.float32 else 27)                        # logits in a chunk, see TokenLogps
+    chunk, keep = (2 ** 23, 2 ** 26) if size == 4 else (2 ** 27, 0)           # of the logits, see TokenLogps
+    scored = micro_tokens // 2 * c.vocab_size                                 # CHOICE: half of the tokens are suffixes
     kv = c.num_key_value_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
     kept = size * (9 * c.hidden_size + 4 * kv + 4 * c.intermediate_size) + 8 * c.hidden_size * (size < 4)
     kept_blocks = size * c.hidden_size * len(blocks) + kept if checkpointed else kept * len(blocks)
@@ -548,7 +549,7 @@ def plan(path, gpus=1, micro_tokens=16384, dtype=torch.bfloat16, checkpointed=Tr
              "gradients": 4 * trained / gpus + full * (vocabulary * 4 if gpus == 1 else (size + 4) * outside),
              "optimizer": 8 * trained / gpus,
              "activations": micro_tokens * (kept_blocks + 2 * size * c.intermediate_size),
-             "logits": head * (8 + size)}
+             "logits": 8 * min(chunk, scored) + 4 * min(keep, scored)}
     operations = (6 if full else 4) * (total - vocabulary * (not c.tie_word_embeddings))
     return total, trained, kinds, operations
 

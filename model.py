@@ -480,6 +480,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
     """
     if options.get("sliding_window") or options.get("softcap"):
         raise ValueError("tree attention has no sliding window and no softcap; train this model with --no-share")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     tree, out = tree or [[query.shape[2]]], []
     pieces = zip(*(x.split([n for t in tree for n in t], dim=2) for x in (query, key, value)))
@@ -498,8 +499,8 @@ def _sum_logps(model, hidden, targets, rows, n, chunk):
     weight, kind = model.get_output_embeddings().weight, hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
-    chunk = chunk or max(1, 2 ** (22 if kind == "cpu" else 27) // len(weight))  # logits; 16 MB is what malloc keeps
-    logps = TokenLogps.apply(hidden, weight, targets, chunk)
+    chunk = chunk or max(1, 2 ** (23 if kind == "cpu" else 27) // len(weight))
+    logps = TokenLogps.apply(hidden, weight, targets, chunk, 2 ** 26 if kind == "cpu" else 0)
     return torch.zeros(n, dtype=torch.float32, device=hidden.device).index_add(0, rows, logps)
 
 
@@ -508,19 +509,21 @@ class TokenLogps(torch.autograd.Function):
 
     hidden (N, H), weight (V, H), targets (N,) -> float32 (N,), nats. Forward keeps log Z of each token; backward
     computes a chunk's logits again, makes them d/dlogits = onehot - softmax in place, and sums the weight's gradient
-    in float32. Memory does not grow with N times V.
+    in float32. Memory does not grow with N times V: of all logits at most the first `keep` numbers wait for backward.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
+    def forward(ctx, hidden, weight, targets, chunk, keep=0):
         """Logits minus log Z, at the targets."""
-        logps, log_z = [], []
+        logps, log_z, kept = [], [], []
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
             logits = (h @ weight.T).float()                                                             # (chunk, V)
             log_z.append(logits.logsumexp(-1))
             logps.append(logits.gather(-1, t[:, None])[:, 0] - log_z[-1])
+            if (keep := keep - logits.numel()) >= 0:
+                kept.append(logits)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_z))
-        ctx.chunk = chunk
+        ctx.chunk, ctx.kept = chunk, kept
         return torch.cat(logps)
 
     @staticmethod
@@ -530,10 +533,11 @@ class TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for out, h, t, z, g in zip(*(x.split(ctx.chunk) for x in (grad_hidden, hidden, targets, log_z, grad))):
-            d = (h @ weight.T).float().sub_(z[:, None]).exp_().mul_(-g[:, None])
+            d = ctx.kept.pop(0) if ctx.kept else (h @ weight.T).float()
+            d.sub_(z[:, None]).exp_().mul_(-g[:, None])
             d.scatter_add_(1, t[:, None], g[:, None])
             d = d.to(weight.dtype)
             out.copy_(d @ weight)
             if grad_weight is not None:
-                grad_weight.addmm_(d.T.float(), h.float()) if d.dtype == torch.float32 else grad_weight.add_(d.T @ h)
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None
+                grad_weight.addmm_(d.T, h) if d.dtype == torch.float32 else grad_weight.add_(d.T @ h)
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None

@@ -6,7 +6,8 @@
 Every cell is a process of its own: the same random Llama, the same pairs in the same order, the same loss (sigmoid
 + 0.2 SFT), AdamW, clipping. TRL runs with precomputed reference log-probabilities, without truncation, and both with
 and without gradient checkpointing, of which the faster is shown; its tokenizer is stepped around, so that both sides
-train on the same ids. Times are medians over the steps after the first; memory is the peak resident size of the
+train on the same ids. Times are medians over the steps after the first, by the clock and of the
+processor (on a machine with other work the second is the fairer); memory is the peak resident size of the
 process, and in brackets what it adds to the size after the imports. The last column is the largest difference of the
 losses from those of `tree`.
 """
@@ -70,7 +71,7 @@ def own(folder, share, steps, dtype="float32", device="cpu"):
         ipo.dist.all_gather_object(every, {p["id"]: p["ref"] for p in pairs if "ref" in p})
         for p in pairs:
             p["ref"] = next(refs[p["id"]] for refs in every if p["id"] in refs)
-    stamps, ipo.step_line = [], lambda *_: stamps.append(time.monotonic())
+    stamps, ipo.step_line = [], lambda *_: stamps.append((time.monotonic(), time.process_time()))
     losses_of = functools.partial(ipo.pair_losses, device=device, beta=0.1, sft_weight=0.2)
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
         log = ipo.fit(policy, pairs, losses_of, parts, out=Path(out), rank=rank, world=world, autocast=autocast,
@@ -102,7 +103,7 @@ def trl(folder, checkpointing, steps):
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            stamps.append(time.monotonic())
+            stamps.append((time.monotonic(), time.process_time()))
 
         def on_log(self, *_, logs=None, **__):
             losses.extend([logs["loss"]] if "loss" in logs else [])
@@ -126,7 +127,8 @@ def worker(method, folder, steps):
                                   else trl(folder, method == "trl-gc", steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if rank == 0:
-        print(json.dumps({"step": statistics.median(b - a for a, b in zip(stamps, stamps[1:])), "losses": losses,
+        wall, cpu = ([b[i] - a[i] for a, b in zip(stamps, stamps[1:])] for i in (0, 1))
+        print(json.dumps({"step": statistics.median(wall), "cpu": statistics.median(cpu), "losses": losses,
                           "peak": peak / 1024, "added": (peak - base) / 1024}))
 
 
@@ -143,7 +145,8 @@ def cell(method, folder, steps, python=sys.executable, ranks=1):
 
 def compare(cases, steps, trl_python):
     """The table of ratios."""
-    print(f"{'case':14} {'method':9} {'s/step':>7} {'peak MB (added)':>16} {'time':>7} {'memory':>7} {'loss diff':>9}")
+    print(f"{'case':14} {'method':9} {'s/step':>7} {'CPU s':>7} {'peak MB (added)':>16} {'time':>7} {'CPU':>7} "
+          f"{'memory':>7} {'loss diff':>9}")
     for name in cases:
         with tempfile.TemporaryDirectory() as folder:
             make(folder, steps=steps, **CASES[name])
@@ -154,8 +157,9 @@ def compare(cases, steps, trl_python):
         tree = results["tree"]
         for method, r in results.items():
             off = max(abs(a - b) for a, b in zip(r["losses"], tree["losses"], strict=True))
-            print(f"{name:14} {method:9} {r['step']:7.2f} {r['peak']:7.0f} ({r['added']:6.0f}) "
-                  f"{r['step'] / tree['step']:6.1f}x {r['peak'] / tree['peak']:6.2f}x {off:9.1e}", flush=True)
+            print(f"{name:14} {method:9} {r['step']:7.2f} {r['cpu']:7.2f} {r['peak']:7.0f} ({r['added']:6.0f}) "
+                  f"{r['step'] / tree['step']:6.1f}x {r['cpu'] / tree['cpu']:6.1f}x {r['peak'] / tree['peak']:6.2f}x "
+                  f"{off:9.1e}", flush=True)
 
 
 def scaling(steps):
