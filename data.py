@@ -12,6 +12,7 @@ gives each stage the same three habits:
 import csv
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -21,12 +22,15 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+from huggingface_hub import snapshot_download
+
 # The column that holds the prompt, by data set: STAR-1, JailbreakBench, StrongREJECT, WildJailbreak, MATH/AIME, ours.
 PROMPT_FIELDS = ("prompt", "question", "Goal", "forbidden_prompt", "adversarial", "problem")
 ID_FIELDS = ("id", "Index", "unique_id", "")  # older JailbreakBench files leave the header of the index column empty
 
 # Flags that say where or how fast a stage runs, never what it computes.
-VOLATILE_FLAGS = {"device", "out", "command", "run", "stage", "save_every", "judge_concurrency"}
+VOLATILE_FLAGS = {"device", "out", "command", "run", "stage", "save_every", "judge_concurrency", "compile", "defer_sync"}
 
 
 # ---------------------------------------------------------------------------------------------------- JSON lines
@@ -195,6 +199,23 @@ def load_pairs(paths, max_length):
     return pairs, dropped
 
 
+def collate(sequences, device="cpu"):
+    """Right-pad (prefix_ids, completion_ids) sequences into the three (B, T) tensors of `completion_logps`.
+
+    >>> batch = collate([([5, 6], [7]), ([5], [8, 9, 1])])
+    >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+    ([[5, 6, 7, 0], [5, 8, 9, 1]], [[0, 0, 1, 0], [0, 1, 1, 1]])
+    """
+    shape = len(sequences), max(len(p) + len(c) for p, c in sequences)
+    batch = {k: torch.zeros(shape, dtype=torch.long) for k in ("input_ids", "attention_mask", "completion_mask")}
+    for row, (prefix, completion) in enumerate(sequences):
+        end = len(prefix) + len(completion)
+        batch["input_ids"][row, :end] = torch.tensor(list(prefix) + list(completion))
+        batch["attention_mask"][row, :end] = 1
+        batch["completion_mask"][row, len(prefix):end] = 1
+    return {k: v.to(device) for k, v in batch.items()}
+
+
 def pack(sequences):
     """Lay (prefix, completion) sequences out as one row of trees: `prefix[:-1] | prefix[-1] + b1[:-1] | ...`, and so on.
 
@@ -293,6 +314,51 @@ def micro_batches(indices, parts, budget, rank=0, world=1):
                 shares[r].append([])
             shares[r][-1].append(i)
     return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
+
+
+def learning_rate(step, steps, peak, warmup=0.1):
+    """Linear warm-up over the first tenth of the steps, then a cosine to 0.
+
+    >>> [round(learning_rate(s, 20, 1.0), 2) for s in (0, 1, 2, 11, 19)]
+    [0.5, 1.0, 1.0, 0.5, 0.01]
+    """
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def in_files(sizes, limit):
+    """Names in lists, each of about `limit` bytes at most: which weights go to which file.
+
+    >>> in_files({"a": 5, "b": 3, "c": 3}, limit=6)
+    [['a'], ['b', 'c']]
+    """
+    files, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            files, room = files + [[]], limit
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def weight_files(path):
+    """The safetensors files of a model directory, or of a model on the hub, which is fetched first."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    return [folder / name for name in sorted(set(names))]
+
+
+def step_line(title, line, steps):
+    """One step as one line for people."""
+    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "grad_norm": "grad norm",
+             "tokens_per_s": "tokens/s"}
+    return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(
+        f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
 
 
 # ------------------------------------------------------------------------------------------- the books of a stage

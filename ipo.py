@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -35,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import model as lm_code
+from data import collate, step_line
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
@@ -55,25 +55,6 @@ def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps
     # PAPER: Eq. 4 as printed leaves the reference out of its first term; this is what its text and ablation describe.
     losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
     return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
-
-
-# -------------------------------------------------------------------------------------------------------- batches
-
-def collate(sequences, device="cpu"):
-    """Right-pad (prefix_ids, completion_ids) sequences into the three (B, T) tensors of `completion_logps`.
-
-    >>> batch = collate([([5, 6], [7]), ([5], [8, 9, 1])])
-    >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
-    ([[5, 6, 7, 0], [5, 8, 9, 1]], [[0, 0, 1, 0], [0, 1, 1, 1]])
-    """
-    shape = len(sequences), max(len(p) + len(c) for p, c in sequences)
-    batch = {k: torch.zeros(shape, dtype=torch.long) for k in ("input_ids", "attention_mask", "completion_mask")}
-    for row, (prefix, completion) in enumerate(sequences):
-        end = len(prefix) + len(completion)
-        batch["input_ids"][row, :end] = torch.tensor(list(prefix) + list(completion))
-        batch["attention_mask"][row, :end] = 1
-        batch["completion_mask"][row, len(prefix):end] = 1
-    return {k: v.to(device) for k, v in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------- the model in training
@@ -187,7 +168,7 @@ def read_weights(lm, path, device, rank, world):
     decoder.rotary_emb = type(decoder.rotary_emb)(lm.config).to(device)  # its buffers are in no checkpoint
     missing = {name.replace(".base.", "."): p for name, p in lm.named_parameters()}
     known = {name.replace(".base.", ".") for name in lm.state_dict()}
-    for file in weight_files(path):
+    for file in data.weight_files(path):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():
                 if name in missing:
@@ -195,31 +176,18 @@ def read_weights(lm, path, device, rank, world):
                     own.copy_(weights.get_slice(name)[rows] if len(own) else own)
                 elif name not in known and not name.endswith("rotary_emb.inv_freq"):
                     raise SystemExit(f"{file}: {name} has no place in a {type(lm).__name__}.")
-    for i, name in enumerate(list(missing)):
-        if "lora_" in name:
-            own, rows = own_rows(p := missing.pop(name), rank, world)
-            start = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / p.shape[1] ** 0.5
-            own.copy_(start[rows] if name.endswith("lora_a") else torch.zeros_like(own))
+    for i, name in enumerate(name for name in list(missing) if "lora_" in name):
+        own, rows = own_rows(p := missing.pop(name), rank, world)
+        start = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / p.shape[1] ** 0.5
+        own.copy_(start[rows] if name.endswith("lora_a") else torch.zeros_like(own))
     if missing:
         raise SystemExit(f"{path}: the safetensors files lack {', '.join(sorted(missing)[:5])}.")
 
 
 def own_rows(p, rank, world):
     """A parameter's local tensor and the rows of the whole that it holds; FSDP cuts as `torch.chunk` does."""
-    if not isinstance(p, DTensor):
-        return p, slice(0, len(p))
     n = math.ceil(len(p) / world)
-    return p.to_local(), slice(min(rank * n, len(p)), min((rank + 1) * n, len(p)))
-
-
-def weight_files(path):
-    """The safetensors files of a model directory, or of a model on the hub, which is fetched first."""
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
-    index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
-    return [folder / name for name in sorted(set(names))]
+    return p.to_local() if isinstance(p, DTensor) else p, slice(min(rank * n, len(p)), min((rank + 1) * n, len(p)))
 
 
 # --------------------------------------------------------------------------------------------------- what is learnt
@@ -276,18 +244,6 @@ def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
 
 # ------------------------------------------------------------------------------------------------------- the loop
 
-def learning_rate(step, steps, peak, warmup=0.1):
-    """Linear warm-up over the first tenth of the steps, then a cosine to 0.
-
-    >>> [round(learning_rate(s, 20, 1.0), 2) for s in (0, 1, 2, 11, 19)]
-    [0.5, 1.0, 1.0, 0.5, 0.01]
-    """
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
 def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batches, lr, weight_decay=0.0,
         clip=1.0, micro_tokens=16384, save_every=50, defer_sync=False):
     """Minimise the mean of `losses_of(policy, examples)` over global batches; log, checkpoint and resume.
@@ -304,7 +260,7 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
         data.write_jsonl(out / "metrics.jsonl", log)  # lines after the checkpoint are made again
     for step in range(first, len(batches)):
         started = time.monotonic()
-        rate = learning_rate(step, len(batches), lr)
+        rate = data.learning_rate(step, len(batches), lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         sums, tokens = {}, data.tokens_of(batches[step], parts)
@@ -324,7 +280,9 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # on every rank: it communicates
         optimizer.step()
         optimizer.zero_grad()
-        values = all_sum(torch.stack(list(sums.values())) / len(batches[step]), world)
+        values = torch.stack(list(sums.values())) / len(batches[step])
+        if world > 1:
+            dist.all_reduce(values)
         line = {"step": step, **{k: round(v, 6) for k, v in zip(sums, values.tolist())},
                 "grad_norm": round(norm.item(), 6), "lr": rate,
                 "tokens_per_s": round(tokens / (time.monotonic() - started))}
@@ -340,24 +298,8 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
     return log
 
 
-def all_sum(tensor, world):
-    """Sum a tensor over the ranks."""
-    if world > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def step_line(title, line, steps):
-    """One step as one line for people."""
-    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "grad_norm": "grad norm",
-             "tokens_per_s": "tokens/s"}
-    return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(
-        f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
-
-
 def training_state(policy, optimizer):
-    """Weights and optimizer state by name, as sharded as they are. Nothing in training draws random numbers, and
-    the learning rate and the data position follow from the step, so a checkpoint needs no more than this."""
+    """Weights and optimizer state. Nothing draws random numbers, and rate and data position follow from the step."""
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     return {"model": weights, "optimizer": moments}
 
@@ -365,11 +307,7 @@ def training_state(policy, optimizer):
 def save_checkpoint(out, policy, optimizer, step, rank):
     """Store the training state (a shard a rank) under a temporary name, then rename; keep the newest only."""
     temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    barrier()
-    dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)
-    barrier()
+    dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)  # overwrites a torn one; returns when all have
     if rank == 0:
         os.replace(temporary, final)
         for old in out.glob("checkpoint-*"):
@@ -388,12 +326,6 @@ def load_checkpoint(out, policy, optimizer):
     return max(steps)
 
 
-def barrier():
-    """Wait for the other ranks, if there are any."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def save_model(policy, tokenizer, out, rank, dtype, limit=5 * 10 ** 9):
     """Write a Hugging Face directory (safetensors, config, tokenizer, generation config) into `out`, adapters merged.
 
@@ -403,13 +335,9 @@ def save_model(policy, tokenizer, out, rank, dtype, limit=5 * 10 ** 9):
     def whole(p):
         return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
 
-    params, files, room = dict(policy.lm.named_parameters()), [], 0  # tied weights come once
-    for name, p in params.items():
-        if "lora_" not in name:
-            if room < p.numel() * dtype.itemsize:
-                files, room = files + [[]], limit
-            files[-1].append(name)
-            room -= p.numel() * dtype.itemsize
+    params = dict(policy.lm.named_parameters())  # tied weights come once
+    sizes = {name: p.numel() * dtype.itemsize for name, p in params.items() if "lora_" not in name}
+    files = data.in_files(sizes, limit)
     temporary, index = out / ".model.tmp", {}
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -431,13 +359,11 @@ def save_model(policy, tokenizer, out, rank, dtype, limit=5 * 10 ** 9):
         for part in (policy.lm.config, policy.lm.generation_config, tokenizer):
             part.save_pretrained(temporary)
         if len(files) > 1:
-            size = sum(p.numel() for name, p in params.items() if "lora_" not in name) * dtype.itemsize
             data.write_json(temporary / "model.safetensors.index.json",
-                            {"metadata": {"total_size": size}, "weight_map": index})
+                            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
         for path in temporary.iterdir():
             os.replace(path, out / path.name)
         temporary.rmdir()
-    barrier()
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
@@ -479,12 +405,11 @@ def run(args):
     """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
     device, rank, world = start_distributed(args.device)
     out, files = Path(args.out), args.pairs if args.command == "train" else args.data
-    finished = data.begin(out, vars(args), [args.model, *files]) if rank == 0 else None
+    box = [data.begin(out, vars(args), [args.model, *files]) if rank == 0 else None]
     if world > 1:
-        dist.broadcast_object_list(box := [finished])
-        finished = box[0]
-    if finished:
-        return print(data.funnel_line(finished), "(finished before)") if rank == 0 else None
+        dist.broadcast_object_list(box)
+    if box[0]:
+        return print(data.funnel_line(box[0]), "(finished before)") if rank == 0 else None
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = lm_code.load_tokenizer(args.model)
     dtype = lm_code.pick_dtype(args.dtype, device)
@@ -534,48 +459,58 @@ def plan(path, gpus=1, micro_tokens=16384, dtype=torch.bfloat16, checkpointed=Tr
     Llama block keeps for its backward pass; the frameworks' own memory, about 1 GB on a GPU, is not in it.
     """
     lm = skeleton(path, lora_rank=lora_rank, frozen_dtype=dtype)
-    c, size, unit = lm.config, dtype.itemsize, lambda ps: sum(p.numel() for p in ps)
-    blocks, vocabulary = list(lm.get_decoder().layers), lm.get_input_embeddings().weight.numel()
-    total, trained = unit(lm.parameters()), unit(p for p in lm.parameters() if p.requires_grad)
-    block, outside = unit(blocks[0].parameters()), unit(lm.parameters()) - unit(lm.get_decoder().layers.parameters())
-    full = not lora_rank
+    c, size, layers = lm.config, dtype.itemsize, lm.get_decoder().layers
+    total, trained, blocks, vocabulary = (sum(p.numel() for p in ps) for ps in (
+        lm.parameters(), [p for p in lm.parameters() if p.requires_grad], layers.parameters(),
+        lm.get_input_embeddings().parameters()))
     chunk, keep = (2 ** 23, 2 ** 26) if size == 4 else (2 ** 27, 0)           # of the logits, see TokenLogps
     scored = micro_tokens // 2 * c.vocab_size                                 # CHOICE: half of the tokens are suffixes
     kv = c.num_key_value_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
     kept = size * (9 * c.hidden_size + 4 * kv + 4 * c.intermediate_size) + 8 * c.hidden_size * (size < 4)
-    kept_blocks = size * c.hidden_size * len(blocks) + kept if checkpointed else kept * len(blocks)
-    kinds = {"weights": (4 * trained + (total - trained) * size) / gpus,
-             "weights gathered": size * (outside + 2 * block) if gpus > 1 else size * trained * (size < 4),
-             "gradients": 4 * trained / gpus + full * (vocabulary * 4 if gpus == 1 else (size + 4) * outside),
-             "optimizer": 8 * trained / gpus,
-             "activations": micro_tokens * (kept_blocks + 2 * size * c.intermediate_size),
-             "logits": 8 * min(chunk, scored) + 4 * min(keep, scored)}
-    operations = (6 if full else 4) * (total - vocabulary * (not c.tie_word_embeddings))
-    return total, trained, kinds, operations
+    kept = size * c.hidden_size * len(layers) + kept if checkpointed else kept * len(layers)
+    unsharded = vocabulary * 4 if gpus == 1 else (size + 4) * (total - blocks)
+    return total, trained, {
+        "weights": (4 * trained + (total - trained) * size) / gpus,
+        "gathered": size * (total - blocks + 2 * blocks / len(layers)) if gpus > 1 else size * trained * (size < 4),
+        "gradients": 4 * trained / gpus + unsharded * (not lora_rank),
+        "optimizer": 8 * trained / gpus,
+        "activations": micro_tokens * (kept + 2 * size * c.intermediate_size),
+        "logits": 8 * min(chunk, scored) + 4 * min(keep, scored),
+    }, (4 if lora_rank else 6) * (total - vocabulary * (not c.tie_word_embeddings))
 
 
 def print_plan(args):
     """The stage `plan`: print a table, and whether it fits."""
-    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = lm_code.pick_dtype(args.dtype, torch.device("cuda"))
     total, trained, kinds, operations = plan(args.model, args.gpus, args.micro_tokens, dtype,
                                              args.checkpoint_activations, args.lora_rank)
     print(f"{args.model}: {total / 1e9:.3f} B parameters, {trained / 1e9:.3f} B trained, {args.gpus} GPU(s)")
     for kind, size in {**kinds, "together": sum(kinds.values())}.items():
-        print(f"  {kind:18}{size / 1e9:8.2f} GB a rank")
+        print(f"  {kind:12}{size / 1e9:8.2f} GB a rank")
     fits = sum(kinds.values()) < 0.92 * args.gpu_memory * 1e9  # CHOICE: 8 % for kernels and fragmentation
-    print(f"  {'fits' if fits else 'does NOT fit'} in {args.gpu_memory:g} GB; about "
-          f"{args.gpus * args.tflops * 1e12 * args.mfu / operations:,.0f} tokens/s at {args.mfu:.0%} of "
-          f"{args.tflops:g} TFLOP/s")
+    speed = args.gpus * args.tflops * 1e12 * args.mfu / operations
+    print(f"  {'fits' if fits else 'does NOT fit'} in {args.gpu_memory:g} GB; about {speed:,.0f} tokens/s")
 
 
 def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="ipo.py", description="Train on preference pairs (or completions).")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text, lr in (("train", "preference training, Eq. 4", 1e-6), ("sft", "supervised fine-tuning", 1e-5)):
+    for name, text, lr in (("train", "preference training, Eq. 4", 1e-6), ("sft", "supervised fine-tuning", 1e-5),
+                           ("plan", "memory and speed of training, from the model's config alone", None)):
         p = commands.add_parser(name, help=text, description=text,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--model", required=True, help="model to start from: directory or hub name")
+        p.add_argument("--micro-tokens", type=int, default=16384, help="tokens a forward pass, a rank")
+        p.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank only; try --lr 1e-4")
+        p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
+        p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="compute dtype")
+        if name == "plan":
+            p.add_argument("--gpus", type=int, default=1, help="ranks")
+            p.add_argument("--gpu-memory", type=float, default=80, help="GB of each")
+            p.add_argument("--tflops", type=float, default=989, help="peak of each in the compute dtype (H100: 989)")
+            p.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+            continue
         p.add_argument("--out", required=True, help="directory for the trained model")
         if name == "train":
             p.add_argument("--pairs", required=True, nargs="+", help="files of pair records")
@@ -590,32 +525,17 @@ def build_parser():
         p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
         p.add_argument("--epochs", type=int, default=1, help="passes over the examples")
         p.add_argument("--batch-size", type=int, default=32, help="examples a step, over all ranks")
-        p.add_argument("--micro-tokens", type=int, default=16384, help="tokens a forward pass, a rank")
         p.add_argument("--max-length", type=int, default=16384, help="longer examples are dropped and counted")
         p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
         p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
         p.add_argument("--seed", type=int, default=0, help="order of the examples")
         p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-        p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
-        p.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank only; try --lr 1e-4")
         p.add_argument("--no-share", action="store_true", help="the plain way: padded rows, prefixes computed anew")
         p.add_argument("--defer-sync", action="store_true",
                        help="reduce gradients once a step; each rank then holds them whole, in float32")
         p.add_argument("--compile", action="store_true", help="compile the feed-forward layers")
-        p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="compute dtype")
         p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention of --no-share; trees use torch's fused kernels")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p = commands.add_parser("plan", help="memory and speed from the config alone", description=plan.__doc__,
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", required=True, help="directory or hub name; only its config is read")
-    p.add_argument("--gpus", type=int, default=1, help="ranks")
-    p.add_argument("--gpu-memory", type=float, default=80, help="GB of each")
-    p.add_argument("--tflops", type=float, default=989, help="peak of each in the compute dtype (H100: 989)")
-    p.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
-    p.add_argument("--micro-tokens", type=int, default=16384, help="tokens a forward pass, a rank")
-    p.add_argument("--lora-rank", type=int, default=0, help="as in train")
-    p.add_argument("--checkpoint-activations", action="store_true", help="as in train")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="as in train")
     return parser
 
 

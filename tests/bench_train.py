@@ -14,7 +14,7 @@ losses from those of `tree`.
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +27,11 @@ sys.path.insert(0, str(ROOT))
 CASES = {"256:128": dict(prefix=256, suffix=128), "128:128": dict(prefix=128, suffix=128),
          "512:128": dict(prefix=512, suffix=128), "256:128 128k": dict(prefix=256, suffix=128, vocab=128000),
          "1024:128 x6": dict(prefix=1024, suffix=128, branches=6), "128:128 x6": dict(prefix=128, suffix=128, branches=6)}
+
+
+def peak_kb():
+    """Peak resident size of this process; getrusage's would begin with that of the process that started it."""
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def make(folder, prefix, suffix, vocab=32000, branches=1, pairs=8, steps=4, hidden=256, layers=4, **_):
@@ -58,7 +63,7 @@ def own(folder, share, steps, dtype="float32", device="cpu"):
     import ipo
     torch.set_num_threads(1)
     device, rank, world = ipo.start_distributed(device)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = peak_kb()
     policy, autocast = ipo.load_policy(folder, device, rank, world, getattr(torch, dtype), share=share)
     pairs = json.loads((Path(folder) / "pairs.json").read_text())
     parts = [data.tree_parts(ipo.pair_sequences(p)) if share else {i: 1} for i, p in enumerate(pairs)]
@@ -88,7 +93,7 @@ def trl(folder, checkpointing, steps):
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
     torch.set_num_threads(1)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = peak_kb()
     pairs = json.loads((Path(folder) / "pairs.json").read_text())
     rows = Dataset.from_list([{"prompt_ids": p["prefix_ids"], "chosen_ids": p["chosen_ids"],
                                "rejected_ids": p["rejected_ids"]} for p in pairs])
@@ -125,7 +130,7 @@ def worker(method, folder, steps):
     """One cell: print its figures as the last line."""
     losses, stamps, base, rank = (own(folder, method != "no-share", steps) if not method.startswith("trl")
                                   else trl(folder, method == "trl-gc", steps))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_kb()
     if rank == 0:
         wall, cpu = ([b[i] - a[i] for a, b in zip(stamps, stamps[1:])] for i in (0, 1))
         print(json.dumps({"step": statistics.median(wall), "cpu": statistics.median(cpu), "losses": losses,

@@ -398,11 +398,11 @@ def test_lora_is_merged_on_saving_and_ranks_and_restarts_do_not_matter(directori
 # -------------------------------------------------------------------------------------------------------------- plan
 
 MEASURE = """
-import json, resource, sys, torch
+import re, sys, torch
 sys.path[:0] = [{root!r}]
 import ipo, data
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def step(folder, share=True):
     policy, _ = ipo.load_policy(folder, torch.device("cpu"), 0, 1, torch.float32, lora_rank={lora})
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6, fused=True)
@@ -418,7 +418,8 @@ print(peak() - base)
 """
 
 
-@pytest.mark.parametrize("vocab, tokens, lora", [(32000, 64, 0), (2000, 2048, 0), (16000, 1024, 4)])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux shows it")
+@pytest.mark.parametrize("vocab, tokens, lora", [(32000, 64, 0), (16000, 1024, 4)])
 def test_plan_agrees_with_measured_memory(vocab, tokens, lora, directories, tmp_path):
     """Peak memory of two steps in a process of its own, over that of a tiny model; weights-bound, activations-bound."""
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
