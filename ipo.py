@@ -83,7 +83,7 @@ class Policy(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer W with an adapter of low rank r (Hu et al., 2021): y = W x + 2 B A x, with B = 0 at first."""
+    """A frozen linear layer W with an adapter of low rank (Hu et al., 2021): y = W x + 2 B A x; B = 0 at first."""
 
     def __init__(self, base, rank):
         super().__init__()
@@ -534,7 +534,7 @@ def build_parser():
         p.add_argument("--defer-sync", action="store_true",
                        help="reduce gradients once a step; each rank then holds them whole, in float32")
         p.add_argument("--compile", action="store_true", help="compile the feed-forward layers")
-        p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="attention of --no-share; trees use torch's fused kernels")
+        p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="kernel of --no-share")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     return parser
 
