@@ -33,14 +33,14 @@ _SCAN = re.compile(r"""
   | \\[\\$`]                                                        # \$ is a dollar sign, it opens no maths
   | (?:(?P<dollars>\$\$)|\\[(\[])                                   # $$x$$, \(x\), \[x\]; no blank line inside,
         (?:[^\\$\n]|\\[^()\[\]]|\n(?!\s*\n))+(?(dollars)\$\$|\\[)\]])   # so an unclosed one cannot swallow more
-  | \$(?![\s$])(?:[^\\$\n]|\\.)+(?<!\s)\$(?!\d)                     # $x$, but neither "$5 and $6" nor "$5-$6"
+  | \$(?!\s)(?:[^\\$\n]|\\.)+(?<!\s)\$(?!\d)                        # $x$, but neither "$5 and $6" nor "$5-$6"
   | (?P<always>(?<=\S)\s*[\r\n]                                     # blanks, then newlines: one token in BPE
       | (?<![。！？])[。！？]+["'”’」』）》】)\]]*                     # CJK writes no space between sentences
         (?![。！？"'”’」』）》】)\].!?…,;:，、；：]|\s*[\r\n]))
   | (?P<stop>[.!?…]+)["'”’»)\]}*_]*
         (?=(?P<gap>[ \t\xa0\u3000]*)["'“‘«(\[{*_]*(?P<next>\w{1,15}\.?|\S?))
 """, re.VERBOSE | re.MULTILINE)
-_MARKER = re.compile(r"[\s>#*+-]*\(?(?:\d{1,3}(?:\.\d+)*|[A-Za-z]|[ivxIVX]+)[.)]+[*_]*")  # "1.", "- 2.1.", "**(a)."
+_MARKER = re.compile(r"[\s>#*+-]*\(?(?:\d{1,3}(?:\.\d+)*|[A-Za-z]|[ivxIVX]+)[.)]+[*_]*")  # 1. - 2.1. **(a).
 _LAST_WORD = re.compile(r"[\w.]*\Z")
 _INITIALS = re.compile(r"(?:[A-Z]\.)*[A-Z]")  # "J", "U.S"
 
@@ -51,10 +51,11 @@ _BEFORE_NUMBER = frozenset("No Nos p pp ch Ch vol Vol sec Sec Art ca "
                            "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split())
 _SOMETIMES_LAST = frozenset("a.m p.m v Inc Co Corp Ltd Jr Sr Ph.D".split())
 # "the U.S. The", "is C. Let", "at 5 p.m. But": the word after an ambiguous full stop decides.
-_OPENERS = frozenset("A Actually After Again Also Alternatively An And Another Any As At Because Both But By Each "
-                     "First For From Given He Hence Here Hmm How However I If In Instead It Let Maybe My Next No Not "
-                     "Now Okay On One Or Perhaps Second She Since So That The Their Then There Therefore These They "
-                     "This Those Thus To Wait We What When Where Which While Why With Yes You".split())
+_OPENERS = frozenset("A Actually After Again Also Alternatively An And Another Any As At Because Both But By "
+                     "Each First For From Given He Hence Here Hmm How However I If In Instead It Let Maybe "
+                     "My Next No Not Now Okay On One Or Perhaps Second She Since So That The Their Then "
+                     "There Therefore These They This Those Thus To Wait We What When Where Which While Why "
+                     "With Yes You".split())
 
 
 def split_steps(text: str) -> list[str]:
@@ -165,10 +166,8 @@ class ChatJudge:
             mark += "#"
         labels = list(LABELS[question]) if question in LABELS else None
         answer = {"type": "string", "enum": labels} if labels else {"type": "integer"}
-        content = self.prompts[question].replace("{MARK}", mark)
-        for name, value in (("{PROMPT}", item["prompt"]), ("{TEXT}", text)):  # in one pass each: data is not searched
-            head, _, tail = content.partition(name)
-            content = head + value + tail if name == "{PROMPT}" else head + value + tail
+        values = {"MARK": mark, "PROMPT": item["prompt"], "TEXT": text}  # one pass: what is put in is not searched
+        content = re.sub(r"\{(MARK|PROMPT|TEXT)\}", lambda m: values[m[1]], self.prompts[question])
         return {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}],
                 "response_format": {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": {
                     "type": "object", "additionalProperties": False, "required": ["reason", "answer"],
@@ -292,7 +291,7 @@ def substitute(tokenizer, trace, steps, number, trigger):
     text = trace["opening"] + trace["reasoning"]
     lost = text[len(lm_code.decode(tokenizer, trace["ids"][:h])):start]
     lead = step[:len(step) - len(step.lstrip())]
-    tail = step[len(step.rstrip()):]
+    tail = step[len(step.rstrip()):] if number < len(steps) else ""  # what ends the last step belongs to </think>
     return h, tokenizer.encode(lost + lead + trigger + tail, add_special_tokens=False)
 
 

@@ -200,6 +200,8 @@ def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
             values = policy(**collate(sequences, device)).tolist()
         for k, i in enumerate(micro):
             pairs[i]["ref"] = [values[k], values[k + len(group)]]
+    if hasattr(policy, "reshard"):  # FSDP leaves the root gathered after a forward; an optimizer made now would miss it
+        policy.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------- the loop

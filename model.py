@@ -235,7 +235,11 @@ def next_token(logits, temperature, top_p, uniform):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    for k in (64, logits.shape[-1]):  # the nucleus is nearly always among the first few: sort the rest only if not
+        p, order = probabilities.topk(min(k, logits.shape[-1]))
+        if (p.sum(-1) >= top_p).all():
+            break
     p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
     cdf = p.cumsum(-1)
     chosen = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # the first token whose cdf exceeds u * total
