@@ -25,10 +25,11 @@ SEED=${SEED:-0}
 LIMIT=${LIMIT:-0}                                       # use only the first prompts; 0 = all
 TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
 INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
+EPOCHS=${EPOCHS:-1}                                     # of each training stage
 if [ "$MODEL" = toy/model ]; then                       # a model of a million parameters learns at another rate
-    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} EPOCHS=${EPOCHS:-1}
+    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-1e-4}
 else
-    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} EPOCHS=${EPOCHS:-1}
+    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
 fi
 PYTHON=${PYTHON:-python3}
 
@@ -86,7 +87,7 @@ stage "benign rollouts of stage 1" "$PYTHON" intervene.py rollouts --model "$RUN
 stage "benign pairs" "$PYTHON" intervene.py benign --model "$RUN/stage1" "${sampling[@]}" "${judging[@]}" \
     --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
 stage "training, stage 2: against over-refusal" "${train[@]}" --model "$RUN/stage1" \
-    --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --lr "$LR" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/stage2"
+    --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --reference "$MODEL" --lr "$LR2" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/stage2"
 for model in base stage1 stage2; do
     path=$RUN/$model
     if [ $model = base ]; then path=$MODEL; fi
