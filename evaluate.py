@@ -156,25 +156,24 @@ def agreement(ours, theirs, prompts, draws=2000, seed=0):
     valid = [(a, b, p) for a, b, p in zip(ours, theirs, prompts) if a is not None and b is not None]
     answers = {v: i for i, v in enumerate(sorted({v for a, b, _ in valid for v in (a, b)}))}
     rows = {p: i for i, p in enumerate(dict.fromkeys(p for _, _, p in valid))}
-    tables = np.zeros((len(rows), len(answers), len(answers)))                       # (prompts, ours, theirs)
+    tables = np.zeros((len(rows), len(answers), len(answers)))  # (prompts, ours, theirs)
     for a, b, p in valid:
         tables[rows[p], answers[a], answers[b]] += 1
 
-    def kappa(table):  # (..., L, L) -> (...)
-        share = table / table.sum((-2, -1), keepdims=True)
-        chance = (share.sum(-1) * share.sum(-2)).sum(-1)
+    def kappa(table):  # (draws, L, L) -> (draws,); nan where chance explains all
+        share = table / table.sum((1, 2), keepdims=True)
+        chance = (share.sum(1) * share.sum(2)).sum(1)
         with np.errstate(invalid="ignore"):
-            return (np.trace(share, axis1=-2, axis2=-1) - chance) / (1 - chance)
+            return (np.trace(share, axis1=1, axis2=2) - chance) / (1 - chance)
 
-    result = {"n": len(valid), "n_unjudged": len(ours) - len(valid),
-              "accuracy": bootstrap([float(a == b) for a, b, _ in valid], [p for _, _, p in valid], draws, seed)}
-    picks = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / max(1, len(rows))), draws)
-    drawn = kappa(np.tensordot(picks, tables, 1)) if valid else np.full(draws, np.nan)
-    drawn, mean = drawn[np.isfinite(drawn)], float(kappa(tables.sum(0))) if valid else np.nan
-    result["kappa"] = {"mean": mean, "low": float(np.percentile(drawn, 2.5)), "high": float(np.percentile(drawn, 97.5))} \
-        if np.isfinite(mean) else None
-    counted = sorted(Counter(f"{a}/{b}" for a, b, _ in valid).items())
-    return {**result, "confusion": dict(counted)}
+    result = {"n": len(valid), "n_unjudged": len(ours) - len(valid), "kappa": None,
+              "accuracy": bootstrap([float(a == b) for a, b, _ in valid], [p for _, _, p in valid], draws, seed),
+              "confusion": dict(sorted(Counter(f"{a}/{b}" for a, b, _ in valid).items()))}
+    if len(answers) > 1:
+        picks = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
+        drawn, mean = kappa(np.tensordot(picks, tables, 1)), kappa(tables.sum(0, keepdims=True)).item()
+        result["kappa"] = dict(zip(("mean", "low", "high"), (mean, *np.nanpercentile(drawn, (2.5, 97.5)).tolist())))
+    return result
 
 
 def read_labels(path, question, traces):
@@ -201,9 +200,10 @@ def judge_agreement(args):
         other = argparse.Namespace(**{**vars(args), "judge": args.other_judge, "judge_model": args.other_judge_model})
         judges.append(intervene.judge_of(other, EVAL_KEYS))
     answers = [list(judge.ask(args.question, items)) for judge in judges]
-    names = [j.name for j in judges] + [f"{args.labels}:{data.fingerprint(args.labels)}"] * bool(args.labels)
+    names = [judge.name for judge in judges]
     if args.labels:
         answers.append(read_labels(args.labels, args.question, traces))
+        names.append(f"{Path(args.labels).name}:{data.fingerprint(args.labels)}")
     result = {"question": args.question, "traces": data.fingerprint(args.traces), "judges": names,
               **agreement(*answers, [t["prompt_id"] for t in traces])}
     data.write_json(args.out, result)
