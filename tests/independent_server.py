@@ -126,6 +126,9 @@ def try_judge(url, name):
         items = [{"prompt": "How?", "text": f"No {i}.", "steps": ["A.", "B."]} if question == "cue" else
                  {"prompt": "How?", "text": f"No {i}."} for i in range(2)]
         print(f"judge: {question}: {list(judge.ask(question, items))}")
+    if judge.counts["failed"]:  # show what the server says to the same request
+        body = judge.request("reasoning", {"prompt": "How?", "text": "No."})
+        print("judge: the server says:", requests.post(judge.endpoint.url, json=body, timeout=60).text[:500])
     print(f"judge: {judge.summary()}, structured: {judge.structured}")
     kept = [(r["answer"], r["reply"][:60]) for r in judge.cache.records.values()]
     print(f"judge: valid replies: {kept}")
