@@ -21,10 +21,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tqdm import tqdm
 
 # The column that holds the prompt, by data set: STAR-1, JailbreakBench, StrongREJECT, WildJailbreak, MATH/AIME, ours.
 PROMPT_FIELDS = ("prompt", "question", "Goal", "forbidden_prompt", "adversarial", "problem")
@@ -212,10 +215,12 @@ class Endpoint:
     """One URL of an OpenAI-compatible server: a keep-alive session that threads share, retries, and counts of both.
 
     The key is that of the first variable in `keys` that is set. It goes into the header and nowhere else: redirects
-    are not followed, and should a server repeat the key, it is cut out of the reply. `timeout` is in seconds.
+    are not followed, and should a server repeat the key, it is cut out of the reply. `timeout` is in seconds, `prices`
+    in dollars per million tokens in and out; with `before` spent earlier, no request begins once `max_cost` is reached.
     """
 
-    def __init__(self, url, keys, concurrency=8, tries=6, timeout=600, max_bytes=1 << 20, longest_pause=60):
+    def __init__(self, url, keys, concurrency=8, tries=6, timeout=600, max_bytes=1 << 20, longest_pause=60,
+                 prices=(0, 0), max_cost=0, before=0):
         import requests
         parts, self.url, self.keys = urlsplit(url), _public(url), keys
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
@@ -225,6 +230,7 @@ class Endpoint:
             raise SystemExit(f"The key in {' or '.join(keys)} holds characters that no HTTP header can carry.")
         self.tries, self.timeout, self.max_bytes, self.longest_pause = tries, timeout, max_bytes, longest_pause
         self.counts, self.lock, self.failures, self.halt, self.stopped = Counter(), threading.Lock(), 0, threading.Event(), ""
+        self.prices, self.max_cost, self.before = prices, max_cost, before
         self.concurrency, self._session = concurrency, requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
@@ -248,6 +254,8 @@ class Endpoint:
         for attempt in range(self.tries):
             if self.stopped:
                 raise SystemExit(self.stopped)
+            if self.max_cost and self.cost() >= self.max_cost:
+                self.stop(f"--max-cost {self.max_cost:g} is reached, ${self.cost():.2f} are spent. Give a higher one.")
             self.count({"requests": 1, "retries": attempt > 0})
             status, pause, said = 0, None, ""
             try:
@@ -280,6 +288,14 @@ class Endpoint:
         self.halt.set()
         raise SystemExit(self.stopped)
 
+    def price(self, used):
+        """Dollars for the tokens of a `usage`."""
+        return (used["prompt_tokens"] * self.prices[0] + used["completion_tokens"] * self.prices[1]) / 1e6
+
+    def cost(self):
+        """Dollars spent before and since."""
+        return self.before + self.price(self.counts)
+
     def count(self, numbers):
         """Add to the counts."""
         with self.lock:
@@ -311,6 +327,18 @@ def usage(reply):
     """Tokens that a reply was charged for, `{"prompt_tokens": int, "completion_tokens": int}`; 0 where not told."""
     told = reply.get("usage") or {}
     return {k: told[k] if isinstance(told.get(k), int) else 0 for k in ("prompt_tokens", "completion_tokens")}
+
+
+def in_parallel(function, items, concurrency, title, unit, note=lambda: ""):
+    """Yield `function(item)` for each item, in order, with a progress bar; raises what the function raises."""
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        futures = [pool.submit(function, item) for item in items]
+        for future in (bar := tqdm(futures, desc=title, unit=unit, disable=None)):
+            yield future.result()
+            bar.set_postfix_str(note(), refresh=False)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------------- prompts

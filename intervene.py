@@ -14,10 +14,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
 
 import data
 import model as lm_code
@@ -150,16 +147,14 @@ JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 class ChatJudge:
     """A chat model behind an OpenAI-compatible `/chat/completions` endpoint; its prompts are `prompts/judge_*.txt`.
 
-    `prices`: dollars per million tokens, in and out. Valid verdicts go to the file `cache`, under the hash of all that
-    determines them; once they have cost `max_cost` dollars (0 = no limit), the next question raises SystemExit.
+    Valid verdicts go to the file `cache`, under the hash of all that determines them. `http`: see data.Endpoint.
     """
 
-    def __init__(self, url, model, concurrency=8, cache=None, prices=(0, 0), max_cost=0, keys=JUDGE_KEYS, **http):
+    def __init__(self, url, model, concurrency=8, cache=None, keys=JUDGE_KEYS, **http):
         self._setup(model)
-        self.model, self.concurrency, self.prices, self.max_cost = model, concurrency, prices, max_cost
-        self.endpoint = data.Endpoint(url.rstrip("/") + "/chat/completions", keys, concurrency, **http)
-        self.cache = data.Cache(cache)
-        self.before = sum(r["cost"] for r in self.cache.records.values())
+        self.model, self.cache = model, data.Cache(cache)
+        self.endpoint = data.Endpoint(url.rstrip("/") + "/chat/completions", keys, concurrency, **http,
+                                      before=sum(r["cost"] for r in self.cache.records.values()))
         self.structured = None  # whether the server takes a JSON schema; not known yet
 
     def _setup(self, name):
@@ -168,19 +163,16 @@ class ChatJudge:
 
     def ask(self, question, items):
         """See the table above; None where it refused or all tries gave no valid reply. Equal items are asked once."""
-        keys, verdicts, pool = list(map(data.dump, items)), {}, ThreadPoolExecutor(self.concurrency)
-        try:
-            for key, item in zip(keys, items):
-                verdicts[key] = verdicts.get(key) or pool.submit(self._ask, question, item)
-            with tqdm(total=len(keys), desc=f"judging: {question}", unit="verdict", disable=None) as bar:
-                for key in keys:
-                    answer, outcome = verdicts[key].result()
-                    self.counts[outcome] += 1
-                    bar.set_postfix_str(", ".join(f"{n} {name}" for name, n in self.summary().items()), refresh=False)
-                    bar.update()
-                    yield answer
-        finally:
-            pool.shutdown(cancel_futures=True)
+        keys, verdicts = [data.dump(item) for item in items], {}
+        note = lambda: ", ".join(f"{n} {name}" for name, n in self.summary().items())
+        asked = data.in_parallel(lambda key: self._ask(question, json.loads(key)), dict.fromkeys(keys),
+                                 self.endpoint.concurrency, f"judging: {question}", "verdict", note)
+        for key in keys:
+            if key not in verdicts:
+                verdicts[key] = next(asked)
+            answer, outcome = verdicts[key]
+            self.counts[outcome] += 1
+            yield answer
 
     def request(self, question, item, structured=True):
         """The JSON body that is sent; with a schema for the answer, or (`structured=False`) a rule for the last line."""
@@ -212,38 +204,28 @@ class ChatJudge:
         if kept:
             return kept["answer"], "from cache"
         for structured in (True, False) if self.structured is not False else (False,):
-            if self.max_cost and self.cost() >= self.max_cost:
-                self.endpoint.stop(f"--max-cost {self.max_cost:g} is reached, ${self.cost():.2f} are spent. Give a higher one.")
             try:
                 answer, text, used = self.endpoint.post(
                     bodies[structured], lambda reply: _read_reply(question, reply, len(item.get("steps", ())), structured))
             except data.Fault as fault:
                 if fault.status >= 400 and re.search("content_filter|content_policy", fault.text):
                     return None, "refusals"
-                if structured and fault.status in (400, 422) and (
-                        not self.structured or re.search("response_format|json_schema", fault.text)):
+                if structured and (fault.status in (400, 422) and not self.structured
+                                   or fault.status >= 400 and re.search("response_format|json_schema", fault.text)):
                     continue
                 return None, "unparsed" if fault.status == 200 else "failed"
             if answer is None:
                 return None, "refusals"
             self.structured = structured
             return self.cache.put({"id": ids[structured], "judge": self.name, "answer": answer, "reply": text,
-                                   "cost": self._price(used)})["answer"], "asked"
-
-    def _price(self, used):
-        return (used["prompt_tokens"] * self.prices[0] + used["completion_tokens"] * self.prices[1]) / 1e6
-
-    def cost(self):
-        """Dollars: what the cache's verdicts cost when they were asked, and every reply since."""
-        return self.before + self._price(self.endpoint.counts)
+                                   "cost": self.endpoint.price(used)})["answer"], "asked"
 
     def summary(self):
-        """What came of the questions so far, and what the server charged."""
-        n, http = self.counts, self.endpoint.counts
-        missing = {k: n[k] for k in ("refusals", "unparsed", "failed") if n[k]}
-        bill = {"retries": http["retries"], "tokens in": http["prompt_tokens"], "tokens out": http["completion_tokens"],
-                "dollars": round(self.cost(), 4)}
-        return {"asked": n["asked"], "from cache": n["from cache"], "unjudged": sum(missing.values()), **missing, **bill}
+        """What came of the questions so far, and what the server charged (dollars with those of the cache)."""
+        missing, http = {k: self.counts[k] for k in ("refusals", "unparsed", "failed") if self.counts[k]}, self.endpoint.counts
+        return {"asked": self.counts["asked"], "from cache": self.counts["from cache"], "unjudged": sum(missing.values()),
+                **missing, "retries": http["retries"], "tokens in": http["prompt_tokens"],
+                "tokens out": http["completion_tokens"], "dollars": round(self.endpoint.cost(), 4)}
 
 
 class LocalJudge(ChatJudge):

@@ -5,8 +5,8 @@
     python tests/independent_server.py llama.cpp    --python other/bin/python [--model toy/model]
 
 `--python` is the interpreter in which that server is installed; this script needs the project's own packages only.
-For llama.cpp the model is first written as GGUF. A toy model judges nothing sensibly: what is shown is that requests
-are accepted, that fallbacks engage, that token counts agree and that replies without a verdict stay None.
+For llama.cpp the model is first written as GGUF. A toy model is no judge: a copy of it first learns by heart to answer
+this script's eight questions (half a minute), so that there are valid verdicts to read; without that, all are None.
 """
 import argparse
 import json
@@ -72,6 +72,46 @@ w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); 
 '''], check=True)
 
 
+JUDGED = {question: [{"prompt": "How?", "text": f"No {i}.", "steps": ["A.", "B."]} for i in range(2)]
+          for question in ("reasoning", "response", "compliance", "cue")}
+for question, items in JUDGED.items():
+    for item in items:
+        item.pop("text" if question == "cue" else "steps")
+ANSWERS = {"reasoning": ("safe", "unsafe"), "response": ("unsafe", "safe"), "compliance": ("full", "refusal"), "cue": (2, 0)}
+
+
+def shorten(judge):
+    """Prompts short enough for the toy model's context of 512 tokens."""
+    judge.prompts = {q: p if q in ("json", "text") else p.splitlines()[0] + "\n{PROMPT}\n{TEXT}\n" for q, p in judge.prompts.items()}
+    return judge
+
+
+def learn_answers(source, target, steps=60):
+    """Teach a copy of the model the answers to JUDGED, in JSON where the prompt asks for that and as text where not."""
+    import torch
+    tokenizer, lm = lm_code.load_tokenizer(source), lm_code.load_model(source, "cpu")
+    judge, rows = shorten(intervene.make_judge("http://127.0.0.1:9/v1", "any")), []
+    for question, items in JUDGED.items():
+        for item, answer in zip(items, ANSWERS[question]):
+            for structured in (True, False):
+                prompt = lm_code.render_prompt(tokenizer, judge.content(question, item, structured))
+                reply = json.dumps({"reason": "r", "answer": answer}) if structured else f"Yes.\nANSWER: {answer}"
+                rows.append((prompt, tokenizer.encode(reply, add_special_tokens=False) + [tokenizer.eos_token_id]))
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3)
+    width = max(len(p) + len(c) for p, c in rows)
+    ids, mask, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+    for i, (p, c) in enumerate(rows):
+        ids[i, :len(p + c)], mask[i, :len(p + c)], scored[i, len(p):len(p + c)] = torch.tensor(p + c), 1, 1
+    for _ in range(steps):
+        loss = -lm_code.completion_logps(lm, ids, mask, scored).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"judge: a copy of the model has learned the answers by heart (loss {loss.item():.3f})")
+    lm.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
 def start(kind, python, model, scratch):
     """Start the server; returns (process, base URL, name of the model at the server)."""
     with socket.socket() as s:
@@ -118,20 +158,14 @@ def try_sampler(url, name, model):
     print("sampler: for example " + repr(lm_code.decode(remote.tokenizer, theirs["0+trigger"].ids)[:90]))
 
 
-def try_judge(url, name):
-    """Ask every question; whatever comes back is a valid answer or None."""
-    judge = intervene.make_judge(url, name, concurrency=2, tries=2, longest_pause=0.1)
-    for question in ("reasoning", "response", "compliance", "cue"):
-        judge.prompts[question] = judge.prompts[question].splitlines()[0] + "\n{PROMPT}\n{TEXT}\n"  # 512 tokens of context
-        items = [{"prompt": "How?", "text": f"No {i}.", "steps": ["A.", "B."]} if question == "cue" else
-                 {"prompt": "How?", "text": f"No {i}."} for i in range(2)]
-        print(f"judge: {question}: {list(judge.ask(question, items))}")
-    if judge.counts["failed"]:  # show what the server says to the same request
-        body = judge.request("reasoning", {"prompt": "How?", "text": "No."})
-        print("judge: the server says:", requests.post(judge.endpoint.url, json=body, timeout=60).text[:500])
+def try_judge(url, name, model):
+    """Ask every question and show what the model was taught."""
+    judge = shorten(intervene.make_judge(url, name, concurrency=2, tries=2, longest_pause=0.1))
+    for question, items in JUDGED.items():
+        expected = [intervene.LABELS.get(question, {}).get(a, a) for a in ANSWERS[question]]
+        print(f"judge: {question}: {list(judge.ask(question, items))}, taught {expected}")
     print(f"judge: {judge.summary()}, structured: {judge.structured}")
-    kept = [(r["answer"], r["reply"][:60]) for r in judge.cache.records.values()]
-    print(f"judge: valid replies: {kept}")
+    print(f"judge: the first replies: {[r['reply'] for r in judge.cache.records.values()][:2]}")
 
 
 def main():
@@ -141,16 +175,18 @@ def main():
     parser.add_argument("--model", default="toy/model", type=Path, help="directory of a tiny Llama model")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        process, url, name = start(args.kind, args.python, args.model.resolve(), Path(scratch))
-        try:
-            try_sampler(url, name, args.model.resolve())
-            try_judge(url, name)
-        except BaseException:
-            print((Path(scratch) / "server.log").read_text()[-3000:])
-            raise
-        finally:
-            process.terminate()
-            process.wait()
+        scratch = Path(scratch)
+        learn_answers(args.model, scratch / "judge")
+        for model, attempt in ((args.model.resolve(), try_sampler), (scratch / "judge", try_judge)):
+            process, url, name = start(args.kind, args.python, model, scratch)
+            try:
+                attempt(url, name, model)
+            except BaseException:
+                print((scratch / "server.log").read_text()[-3000:])
+                raise
+            finally:
+                process.terminate()
+                process.wait()
 
 
 if __name__ == "__main__":

