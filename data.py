@@ -212,7 +212,7 @@ def retry_after(headers):
 
 
 class Endpoint:
-    """One URL of an OpenAI-compatible server: a keep-alive session that threads share, retries, and counts of both.
+    """One URL of an OpenAI-compatible server: keep-alive connections that threads share, retries, and counts of both.
 
     The key is that of the first variable in `keys` that is set. It goes into the header and nowhere else: redirects
     are not followed, and should a server repeat the key, it is cut out of the reply. `timeout` is in seconds, `prices`
@@ -231,16 +231,14 @@ class Endpoint:
         self.tries, self.timeout, self.max_bytes, self.longest_pause = tries, timeout, max_bytes, longest_pause
         self.counts, self.lock, self.failures, self.halt, self.stopped = Counter(), threading.Lock(), 0, threading.Event(), ""
         self.prices, self.max_cost, self.before = prices, max_cost, before
-        self.concurrency, self._session = concurrency, requests.Session()
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-        # Proxies and certificates of the environment are looked up once: at each request it costs more than the request.
-        self._settings = self._session.merge_environment_settings(self.url, {}, True, None, None)
-        self._session.trust_env = False
-        if parts.username:
-            self._session.auth = (unquote(parts.username), unquote(parts.password or ""))
-        elif key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self.concurrency, session = concurrency, requests.Session()
+        # All that is the same for each request is prepared once: it costs more than the request itself.
+        self._settings = session.merge_environment_settings(self.url, {}, True, None, None)  # proxies, certificates
+        session.trust_env = False  # ~/.netrc would replace the key
+        login = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key and not login else {})}
+        self._request = session.prepare_request(requests.Request("POST", self.url, headers=headers, auth=login))
+        self._connections = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
         self._secrets = [s.encode() for s in (key, unquote(parts.password or "")) if s]
 
     def post(self, payload, read=dict):
@@ -303,8 +301,9 @@ class Endpoint:
 
     def _exchange(self, payload):
         deadline, body = time.monotonic() + self.timeout, bytearray()
-        with self._session.post(self.url, json=payload, timeout=self.timeout, allow_redirects=False,
-                                **self._settings) as reply:
+        request = self._request.copy()
+        request.prepare_body(json.dumps(payload).encode(), None)
+        with self._connections.send(request, timeout=self.timeout, **self._settings) as reply:
             for piece in reply.iter_content(1 << 16):
                 body += piece
                 if len(body) > self.max_bytes or time.monotonic() > deadline:

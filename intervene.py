@@ -165,8 +165,8 @@ class ChatJudge:
 
     def _ask(self, question, item):
         """(answer, what came of it); with a schema first and, where the server rejects that, in plain text."""
-        bodies = {structured: self.request(question, item, structured) for structured in (True, False)}
-        ids = {s: data.digest(json.dumps([self.endpoint.url, question, body], sort_keys=True)) for s, body in bodies.items()}
+        bodies = [self.request(question, item, structured) for structured in (False, True)]
+        ids = [data.digest(json.dumps([self.endpoint.url, question, body], sort_keys=True)) for body in bodies]
         kept = self.cache.get(ids[True]) or self.cache.get(ids[False])
         if kept:
             return kept["answer"], "from cache"

@@ -70,6 +70,7 @@ class Loopback:
 
     def __enter__(self):
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.handle_error = lambda *_: None  # clients that are killed or hang up are what the tests are about
         self.httpd.daemon_threads, self.httpd.loop, self.httpd.request_queue_size = True, self, 128
         self.httpd.socket.listen(256)
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"

@@ -371,7 +371,7 @@ def process(tmp_path):
 
 def test_killed_at_twenty_moments(tmp_path, process):
     make_traces(tmp_path, 400)
-    url = process("--latency", "0.01", "--log", str(tmp_path / "log"))
+    url = process("--latency", "0.025", "--log", str(tmp_path / "log"))
     asked = lambda: data.Counter((tmp_path / "log").read_text().split())
     out, cache = tmp_path / "run" / "verdicts.jsonl", tmp_path / "run" / "judge_cache.jsonl"
 
@@ -419,6 +419,7 @@ def test_killed_at_twenty_moments(tmp_path, process):
 def test_sixty_four_at_once(process):
     url, items = process("--latency", "0.05"), [item(i, "safe") for i in range(1000)]
     judge = judge_for(url, concurrency=64, timeout=20)
+    list(judge.ask("reasoning", [item(f"first {i}", "safe") for i in range(64)]))  # imports and connections
     start = time.monotonic()
     assert list(judge.ask("reasoning", items)) == [True] * 1000
     took = time.monotonic() - start
