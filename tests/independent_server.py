@@ -6,7 +6,7 @@
 
 `--python` is the interpreter in which that server is installed; this script needs the project's own packages only.
 For llama.cpp the model is first written as GGUF. A toy model is no judge: a copy of it first learns by heart to answer
-this script's eight questions (half a minute), so that there are valid verdicts to read; without that, all are None.
+this script's eight questions (a minute), so that there are valid verdicts to read; without that, all are None.
 """
 import argparse
 import json
@@ -86,7 +86,7 @@ def shorten(judge):
     return judge
 
 
-def learn_answers(source, target, steps=60):
+def learn_answers(source, target, steps=250):
     """Teach a copy of the model the answers to JUDGED, in JSON where the prompt asks for that and as text where not."""
     import torch
     tokenizer, lm = lm_code.load_tokenizer(source), lm_code.load_model(source, "cpu")
@@ -97,7 +97,7 @@ def learn_answers(source, target, steps=60):
                 prompt = lm_code.render_prompt(tokenizer, judge.content(question, item, structured))
                 reply = json.dumps({"reason": "r", "answer": answer}) if structured else f"Yes.\nANSWER: {answer}"
                 rows.append((prompt, tokenizer.encode(reply, add_special_tokens=False) + [tokenizer.eos_token_id]))
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=2e-3)
     width = max(len(p) + len(c) for p, c in rows)
     ids, mask, scored = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
     for i, (p, c) in enumerate(rows):
@@ -107,6 +107,8 @@ def learn_answers(source, target, steps=60):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if loss < 0.3:
+            break
     print(f"judge: a copy of the model has learned the answers by heart (loss {loss.item():.3f})")
     lm.save_pretrained(target)
     tokenizer.save_pretrained(target)
