@@ -72,7 +72,7 @@ w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); 
 '''], check=True)
 
 
-JUDGED = {question: [{"prompt": "How?", "text": f"No {i}.", "steps": ["A.", "B."]} for i in range(2)]
+JUDGED = {question: [{"prompt": "How?", "text": f"No {i}.", "steps": ["A.", f"B {i}."]} for i in range(2)]
           for question in ("reasoning", "response", "compliance", "cue")}
 for question, items in JUDGED.items():
     for item in items:
