@@ -18,6 +18,8 @@ EVAL=${EVAL:-direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/
     benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl}
 JUDGE=${JUDGE:-rules}                                   # `rules` (toy world) or a chat endpoint, https://HOST/v1
 JUDGE_MODEL=${JUDGE_MODEL:-}                            # the endpoint's model
+EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}                        # evaluates; better another one than the judge that built the data
+EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
 SERVER=${SERVER:-}                                      # sample the base model from this server, http://HOST:PORT/v1
 NPROC=${NPROC:-1}                                       # processes (GPUs) to train on
 RUN=${RUN:-runs/toy}                                    # where everything is written
@@ -92,7 +94,7 @@ for model in base stage1 stage2; do
     path=$RUN/$model
     if [ $model = base ]; then path=$MODEL; fi
     stage "evaluation of $model" "$PYTHON" evaluate.py run --model "$path" "${sampling[@]}" "${judging[@]}" \
-        --set $EVAL --out "$RUN/eval/$model"
+        --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"} --set $EVAL --out "$RUN/eval/$model"
 done
 echo
 "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
