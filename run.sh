@@ -18,6 +18,7 @@ EVAL=${EVAL:-direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/
     benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl}
 JUDGE=${JUDGE:-rules}                                   # `rules` (toy world) or a chat endpoint, https://HOST/v1
 JUDGE_MODEL=${JUDGE_MODEL:-}                            # the endpoint's model
+JUDGE_ARGS=${JUDGE_ARGS:-}                              # more flags for it, such as --max-cost 20 --judge-price-in 2.5
 EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}                        # evaluates; better another one than the judge that built the data
 EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
 SERVER=${SERVER:-}                                      # sample the base model from this server, http://HOST:PORT/v1
@@ -56,6 +57,7 @@ else
     "$PYTHON" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
 fi
 export TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}      # threads that spin while they wait are many times slower on a busy machine
 
 if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q "${@:2}"
@@ -66,7 +68,7 @@ fi
 # ------------------------------------------------------------------------------------------------------------ the stages
 started=$SECONDS
 sampling=(--max-new-tokens "$TOKENS" --batch-size "$BATCH" --seed "$SEED")
-judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"})
+judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} $JUDGE_ARGS)
 server=(${SERVER:+--server "$SERVER"})                  # holds the base model; trained models are sampled here
 train=("$PYTHON" ipo.py train)
 if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train); fi
