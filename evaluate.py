@@ -12,6 +12,7 @@ import base64
 import html
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 import data
 import intervene
 
+EVAL_KEYS = ("EVAL_JUDGE_API_KEY", *intervene.JUDGE_KEYS)  # a second judge may be another provider's
 METRICS = {"harmful": ("reasoning", "response"), "benign": ("compliance",), "task": ("accuracy",)}
 
 
@@ -131,15 +133,84 @@ def run(args):
         for p in loaded[name]:
             if kind == "task" and "answer" not in p:
                 raise SystemExit(f"{path}, id {p['id']}: a task needs a column `answer`.")
-    judge = intervene.make_judge(args.judge, args.judge_model, args.judge_concurrency)
     sampler = intervene.make_sampler(args)
     metrics, dropped = {}, 0
     for name, kind, _ in sets:
-        metrics[name], too_long = evaluate_set(kind, loaded[name], sampler, judge, folder, name, args.samples)
+        metrics[name], too_long = evaluate_set(kind, loaded[name], sampler, args.judge, folder, name, args.samples)
         dropped += too_long
     data.write_json(folder / "metrics.json", {"sets": {name: {"kind": kind, **metrics[name]} for name, kind, _ in sets}})
     prompts = sum(map(len, loaded.values()))
     return {"sets": len(sets), "prompts": prompts, "short enough": prompts - dropped}
+
+
+def agreement(ours, theirs, prompts, draws=2000, seed=0):
+    """Accuracy and Cohen's kappa of two lists of answers, with 95% bootstrap intervals over prompts, and the counts.
+
+    Kappa is the agreement beyond chance, (p - e) / (1 - e); it is None where chance alone explains all (e = 1). Items
+    that lack an answer on either side are left out and counted as n_unjudged.
+
+    >>> a = agreement([True, True, False, False, None], [True, False, False, False, True], list("pqrst"), draws=100)
+    >>> a["n"], a["n_unjudged"], a["accuracy"]["mean"], a["kappa"]["mean"], a["confusion"]
+    (4, 1, 0.75, 0.5, {'False/False': 2, 'True/False': 1, 'True/True': 1})
+    """
+    valid = [(a, b, p) for a, b, p in zip(ours, theirs, prompts) if a is not None and b is not None]
+    answers = {v: i for i, v in enumerate(sorted({v for a, b, _ in valid for v in (a, b)}))}
+    rows = {p: i for i, p in enumerate(dict.fromkeys(p for _, _, p in valid))}
+    tables = np.zeros((len(rows), len(answers), len(answers)))  # (prompts, ours, theirs)
+    for a, b, p in valid:
+        tables[rows[p], answers[a], answers[b]] += 1
+
+    def kappa(table):  # (draws, L, L) -> (draws,); nan where chance explains all
+        share = table / table.sum((1, 2), keepdims=True)
+        chance = (share.sum(1) * share.sum(2)).sum(1)
+        with np.errstate(invalid="ignore"):
+            return (np.trace(share, axis1=1, axis2=2) - chance) / (1 - chance)
+
+    result = {"n": len(valid), "n_unjudged": len(ours) - len(valid), "kappa": None,
+              "accuracy": bootstrap([float(a == b) for a, b, _ in valid], [p for _, _, p in valid], draws, seed),
+              "confusion": dict(sorted(Counter(f"{a}/{b}" for a, b, _ in valid).items()))}
+    if len(answers) > 1:
+        picks = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), draws)
+        drawn, mean = kappa(np.tensordot(picks, tables, 1)), kappa(tables.sum(0, keepdims=True)).item()
+        result["kappa"] = dict(zip(("mean", "low", "high"), (mean, *np.nanpercentile(drawn, (2.5, 97.5)).tolist())))
+    return result
+
+
+def read_labels(path, question, traces):
+    """The labels of a file as answers, None for a trace without one. Raises ValueError for a label that is no answer."""
+    labels = {}
+    for number, r in enumerate(data.read_jsonl(path), 1):
+        known = intervene.LABELS.get(question, {r.get("label"): r.get("label")} if type(r.get("label")) is int else {})
+        if "id" not in r or r.get("label") not in known:
+            raise ValueError(f'{path}, record {number}: write {{"id": trace id, "label": '
+                             f'{" or ".join(intervene.LABELS.get(question, ["number of a sentence, 0 = none"]))}}}.')
+        labels[r["id"]] = known[r["label"]]
+    return [labels.get(t["id"]) for t in traces]
+
+
+def judge_agreement(args):
+    """Stage `judge-agreement`: a judge against another one or against labels (the paper's 93.7% and 80%)."""
+    if bool(args.labels) == bool(args.other_judge):
+        raise SystemExit("judge-agreement: give either --other-judge or --labels.")
+    traces = [t for t in data.read_jsonl(args.traces) if args.question in ("reasoning", "cue") or not t["truncated"]]
+    items = [{"prompt": t["prompt"], "steps": intervene.split_steps(t["reasoning"])} if args.question == "cue" else
+             {"prompt": t["prompt"], "text": t["reasoning" if args.question == "reasoning" else "response"]} for t in traces]
+    judges = [intervene.judge_of(args)]
+    if args.other_judge:
+        other = argparse.Namespace(**{**vars(args), "judge": args.other_judge, "judge_model": args.other_judge_model})
+        judges.append(intervene.judge_of(other, EVAL_KEYS))
+    answers = [list(judge.ask(args.question, items)) for judge in judges]
+    names = [judge.name for judge in judges]
+    if args.labels:
+        answers.append(read_labels(args.labels, args.question, traces))
+        names.append(f"{Path(args.labels).name}:{data.fingerprint(args.labels)}")
+    result = {"question": args.question, "traces": data.fingerprint(args.traces), "judges": names,
+              **agreement(*answers, [t["prompt_id"] for t in traces])}
+    data.write_json(args.out, result)
+    low, kappa = result["accuracy"], result["kappa"]
+    print(f"{names[0]} against {names[1]}, {args.question}: accuracy {cell({**low, 'n_unjudged': 0, 'n_truncated': 0})}, kappa "
+          + (f"{kappa['mean']:.3f} [{kappa['low']:.3f}, {kappa['high']:.3f}]" if kappa else "undefined")
+          + f", {result['n_unjudged']} unjudged; counts {result['confusion']}")
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -370,6 +441,18 @@ def build_parser():
     p.add_argument("--limit", type=int, default=0, help="use only the first prompts of each set; 0 = all")
     intervene.add_sampler_flags(p)
     intervene.add_judge_flags(p)
+    p.add_argument("--eval-judge", help="judge of this evaluation, other than the one that built the data (default: --judge); "
+                   "key: EVAL_JUDGE_API_KEY")
+    p.add_argument("--eval-judge-model", help="model name to send to it (default: --judge-model)")
+    p = commands.add_parser("judge-agreement", help="how far two judges agree", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                            description="Agreement of --judge with another judge, or with labels, on the same traces.")
+    p.add_argument("--traces", required=True, help="trace records (.jsonl)")
+    p.add_argument("--question", default="reasoning", choices=("reasoning", "response", "cue", "compliance"), help="what to ask")
+    p.add_argument("--labels", help='true answers instead of a judge: lines {"id": trace id, "label": "safe", "unsafe", a number, ...}')
+    p.add_argument("--other-judge", help="the other judge; its key: EVAL_JUDGE_API_KEY")
+    p.add_argument("--other-judge-model", help="model name to send to it")
+    p.add_argument("--out", required=True, help="file to write (.json)")
+    intervene.add_judge_flags(p)
     p = commands.add_parser("report", help="table and report.html", description="Print the table, write report.html.",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--run", required=True, help="run folder: its funnels, pairs and training logs are shown")
@@ -384,12 +467,16 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.command == "report":
         return report(args)
-    judge = intervene.make_judge(args.judge, args.judge_model, args.judge_concurrency)
-    finished = data.begin(args.out, {**vars(args), "judge": judge.name},
+    if args.command == "judge-agreement":
+        return judge_agreement(args)
+    args.judge, args.judge_model = args.eval_judge or args.judge, args.eval_judge_model or args.judge_model
+    args.judge = intervene.judge_of(args, EVAL_KEYS)
+    finished = data.begin(args.out, {**vars(args), "judge": args.judge.name, "eval_judge": None, "eval_judge_model": None},
                           [args.model, *(path for _, _, path in parse_sets(args.set))])
     if finished:
         return print(data.funnel_line(finished), "(finished before)")
-    data.finish(args.out, Path(args.out).name, run(args))
+    counts, judge = run(args), args.judge.summary()
+    data.finish(args.out, Path(args.out).name, counts, **({"judge": judge} if judge else {}))
 
 
 if __name__ == "__main__":

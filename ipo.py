@@ -405,7 +405,9 @@ def run(args):
     """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
     device, rank, world = start_distributed(args.device)
     out, files = Path(args.out), args.pairs if args.command == "train" else args.data
-    box = [data.begin(out, vars(args), [args.model, *files]) if rank == 0 else None]
+    reference = getattr(args, "reference", None) or args.model
+    inputs = [args.model, *files] + [reference] * (reference != args.model)
+    box = [data.begin(out, vars(args), inputs) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(box)
     if box[0]:
@@ -413,8 +415,10 @@ def run(args):
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = lm_code.load_tokenizer(args.model)
     dtype = lm_code.pick_dtype(args.dtype, device)
-    policy, autocast = load_policy(args.model, device, rank, world, dtype, args.attn, args.checkpoint_activations,
-                                   not args.no_share, args.lora_rank, args.compile)
+    load = functools.partial(load_policy, device=device, rank=rank, world=world, dtype=dtype, attn=args.attn,
+                             checkpoint_activations=args.checkpoint_activations, share=not args.no_share,
+                             lora_rank=args.lora_rank, compiled=args.compile)
+    policy, autocast = load(reference)
     if args.command == "train":
         examples, dropped = data.load_pairs(files, args.max_length)
         rows = [pair_sequences(p, args.score_from) for p in examples]
@@ -431,13 +435,16 @@ def run(args):
     batches, log = data.global_batches(parts, args.batch_size, args.epochs, args.seed), []
     if not examples and rank == 0:
         print(f"{out.name}: nothing to train on, so the model is passed on unchanged")
+    if examples and args.command == "train":
+        epoch = [m for b in batches[:math.ceil(len(examples) / args.batch_size)]
+                 for m in data.micro_batches(b, parts, args.micro_tokens, rank, world)]
+        key = [data.fingerprint(p) for p in (reference, *files)] + [str(dtype), args.score_from, args.no_share]
+        cached_reference(data.beside(out, "reference"), key, policy, examples, epoch, device, autocast, rank, world,
+                         args.score_from)
+    if reference != args.model:
+        del policy  # never two models at once
+        policy, autocast = load(args.model)
     if examples:
-        if args.command == "train":
-            epoch = [m for b in batches[:math.ceil(len(examples) / args.batch_size)]
-                     for m in data.micro_batches(b, parts, args.micro_tokens, rank, world)]
-            key = [data.fingerprint(p) for p in (args.model, *files)] + [str(dtype), args.score_from, args.no_share]
-            cached_reference(data.beside(out, "reference"), key, policy, examples, epoch, device, autocast, rank,
-                             world, args.score_from)
         log = fit(policy, examples, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast,
                   batches=batches, lr=args.lr, weight_decay=args.weight_decay, clip=args.clip,
                   micro_tokens=args.micro_tokens, save_every=args.save_every,
@@ -515,6 +522,9 @@ def build_parser():
         if name == "train":
             p.add_argument("--pairs", required=True, nargs="+", help="files of pair records")
             # CHOICE: beta is not in the paper; 0.1 is the usual value.
+            # CHOICE: stage 2 keeps the base model as reference, so that harmful pairs, which stage 1 has learned, hardly
+            # pull any more; with stage 1 as reference they start again at log 2 and wear the language down.
+            p.add_argument("--reference", help="the frozen model of Eq. 4; default: --model as it is before training")
             p.add_argument("--beta", type=float, default=0.1, help="weight of the log-ratios in Eq. 4")
             p.add_argument("--sft-weight", type=float, default=0.2, help="weight of L_sft")
             p.add_argument("--score-from", choices=("h", "prompt"), default="h",

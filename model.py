@@ -7,10 +7,9 @@ Left out on purpose: beam search, repetition penalties, top-k (the paper samples
 """
 import functools
 import hashlib
-import random
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
+
+import data
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -42,12 +43,27 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
+def round_trips(tokenizer):
+    """Whether text survives encoding and decoding. Releases of transformers 5 lose the spaces of R1-Distill-Llama."""
+    texts = ("hello world", " Wait,  two  spaces\n\n\tand a tab \n", "naïve façade: «où?»", "漢字かな。 한국어")
+    return all(decode(tokenizer, tokenizer.encode(t, add_special_tokens=False)) == t for t in texts)
+
+
 def load_tokenizer(path):
-    """Load the model's own fast tokenizer. Raises SystemExit when there is none, or it has no chat template."""
-    from transformers import AutoTokenizer
+    """Load the model's own fast tokenizer, or the plain form of its tokenizer.json where its class spoils text.
+
+    Raises SystemExit when there is none, when neither keeps text as it is, or when there is no chat template.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
         raise SystemExit(f"{path}: needs a fast tokenizer (tokenizer.json).")
+    if not round_trips(tokenizer):
+        print(f"{path}: {type(tokenizer).__name__} does not give text back as it was; using PreTrainedTokenizerFast")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        if not round_trips(tokenizer):
+            raise SystemExit(f"{path}: its tokenizer loses spaces or characters (decode(encode(text)) != text), so no "
+                             "trace could be continued exactly. Try another version of transformers.")
     if not tokenizer.chat_template:
         raise SystemExit(f"{path}: the tokenizer has no chat template, so prompts can't be rendered. "
                          "Add a chat_template.jinja to the model directory.")
@@ -236,7 +252,11 @@ def next_token(logits, temperature, top_p, uniform):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    for k in (64, logits.shape[-1]):  # the nucleus is nearly always among the first few: sort the rest only if not
+        p, order = probabilities.topk(min(k, logits.shape[-1]))
+        if (p.sum(-1) >= top_p).all():
+            break
     p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
     cdf = p.cumsum(-1)
     chosen = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # the first token whose cdf exceeds u * total
@@ -372,71 +392,107 @@ class LocalSampler:
 
 
 class ServerSampler:
-    """Samples from an OpenAI-compatible `/v1/completions` server, which is sent token ids and nothing else."""
+    """Samples from an OpenAI-compatible `/v1/completions` server, all samples of one prefix in one request.
 
-    def __init__(self, path, url, *, temperature, top_p, max_new_tokens, seed, concurrency=16):
-        self.tokenizer, self.url, self.concurrency = load_tokenizer(path), url.rstrip("/"), concurrency
-        self.payload = dict(model=path, temperature=temperature, top_p=top_p, return_token_ids=True)
+    Token ids are sent and the ids that come back are kept, so that a prefix is continued exactly. To a server that
+    takes no ids the text is sent, with `add_special_tokens` off or, where that is unknown, as it is. Before anything
+    else a short probe finds the form that the server takes and checks how many prompt tokens it counted.
+    """
+    FORMS = ("ids", "text", "plain")
+
+    def __init__(self, path, url, *, temperature, top_p, max_new_tokens, seed, concurrency=16, **http):
+        self.tokenizer, self.concurrency, self.form = load_tokenizer(path), concurrency, None
+        self.endpoint = data.Endpoint(url.rstrip("/") + "/completions", ("SERVER_API_KEY",), concurrency,
+                                      **{"timeout": 3600, "max_bytes": 1 << 28, **http})
+        self.payload = dict(model=str(path), temperature=temperature, top_p=top_p)
         self.seed, self.max_new_tokens = seed, max_new_tokens
         self.eos, self.context = eos_ids(path, self.tokenizer), context_length(path)
 
     def __call__(self, requests, done=(), title="sampling"):
-        """Yield a Completion for each request that is not in `done`, in their order."""
-        requests = [r for r in requests if r.id not in done]
-        session = open_session(self.concurrency)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            yield from tqdm(pool.map(lambda r: self._complete(session, r), requests), total=len(requests), desc=title,
-                            unit="req", disable=None)
+        """Yield a Completion for each request that is not in `done`, as they come; raises SystemExit if a request fails."""
+        groups = {}
+        for r in requests:
+            if r.id not in done:
+                groups.setdefault(tuple(r.prefix), []).append(r)
+        if groups and self.form is None:
+            self._probe(next(iter(groups.values())))
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            with tqdm(total=sum(map(len, groups.values())), desc=title, unit="req", disable=None) as bar:
+                for future in as_completed([pool.submit(self._complete, group) for group in groups.values()]):
+                    for completion in future.result():
+                        bar.update()
+                        yield completion
+        except data.Fault as fault:
+            self.endpoint.stop(f"{fault}.")
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def _complete(self, session, request):
-        room = min(self.max_new_tokens, self.context - len(request.prefix))
-        seed = int(request_uniforms(self.seed, request.id, 1).item() * 2 ** 31)
-        reply = post_json(session, f"{self.url}/completions",
-                          {**self.payload, "prompt": request.prefix, "max_tokens": room, "seed": seed})
-        choice = reply["choices"][0]
-        counted = (reply.get("usage") or {}).get("prompt_tokens", len(request.prefix))
-        if counted != len(request.prefix):
-            raise SystemExit(f"{self.url}: {len(request.prefix)} prompt tokens were sent, the server counted {counted}. "
-                             "It changes the prompt (a second BOS?); continuing from an exact prefix needs it unchanged.")
-        stopped = choice.get("finish_reason") == "stop"
-        ids = choice.get("token_ids")
+    def body(self, group, form, limit):
+        """The JSON that is sent for requests of one prefix."""
+        prefix = list(group[0].prefix)
+        body = {**self.payload, "max_tokens": min(limit, self.context - len(prefix)),
+                "prompt": prefix if form == "ids" else decode(self.tokenizer, prefix)}
+        if form != "plain":  # which is only what OpenAI's first API knew; servers fill in top-k and penalties of their own
+            body |= {"n": len(group), "seed": int(request_uniforms(self.seed, group[0].id, 1).item() * 2 ** 31),
+                     "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        return {**body, **{"ids": {"return_token_ids": True}, "text": {"add_special_tokens": False}}.get(form, {})}
+
+    def _probe(self, group):
+        for form in self.FORMS:
+            try:
+                reply = self.endpoint.post(self.body(group[:2], form, 16), lambda r: _choices(r) and r)
+                break
+            except data.Fault as fault:
+                if fault.status not in (400, 422, 500, 501) or form == self.FORMS[-1]:
+                    self.endpoint.stop(f"{fault}. Neither token ids nor text are taken as a prompt.")
+        sent, choice, used = self.body(group, form, 16)["prompt"], reply["choices"][0], data.usage(reply)
+        expected = len(sent) if form == "ids" else len(self.tokenizer.encode(sent, add_special_tokens=False))
+        counted, text = used["prompt_tokens"], choice.get("text") or ""
+        where, inside = f"{self.endpoint.url} (prompt sent as {form})", OPEN in decode(self.tokenizer, group[0].prefix[-8:])
+        if counted != expected:
+            raise SystemExit(f"{where}: {expected} prompt tokens were sent, the server counted {counted}. " + (
+                "It puts a second BOS in front: turn that off (llama.cpp: --override-kv "
+                "tokenizer.ggml.add_bos_token=bool:false)." if counted == expected + 1 else
+                "It must report usage.prompt_tokens." if not counted else
+                "It strips white space from the prompt, or its tokenizer is not that of --model."))
+        thinks = OPEN in self.tokenizer.get_vocab() and choice.get("token_ids") is None
+        lost = used["completion_tokens"] - len(self.tokenizer.encode(text, add_special_tokens=False)) > 2
+        if choice.get("reasoning") or choice.get("reasoning_content") or thinks and lost and (
+                not text.strip() or not inside and not text.startswith(OPEN)):
+            raise SystemExit(f"{where}: the reasoning is missing from the text that came back. A reasoning parser took it "
+                             "out: start the server without one (vLLM, SGLang: no --reasoning-parser).")
+        self.form = form
+
+    def _complete(self, group):
+        done = []
+        while group:  # a server may return fewer samples than it was asked for
+            part = group[:1] if self.form == "plain" else group
+            try:
+                choices = self.endpoint.post(self.body(part, self.form, self.max_new_tokens), _choices)
+            except data.Fault as fault:
+                fault.args = (f"request {group[0].id}: {fault}",)
+                raise
+            done += map(self._completion, part, choices)
+            group = group[min(len(part), len(choices)):]
+        return done
+
+    def _completion(self, request, choice):
+        ids, stopped = choice.get("token_ids"), choice["finish_reason"] == "stop"
         if ids is None:
             ids = self.tokenizer.encode(choice["text"], add_special_tokens=False)
         if stopped and (not ids or ids[-1] not in self.eos):
             ids = ids + [min(self.eos)]
-        return Completion(request.id, ids, "stop" if stopped else "length")
+        return Completion(request.id, ids, choice["finish_reason"])
 
 
-def open_session(concurrency):
-    """One keep-alive HTTP session with a connection for each thread."""
-    import requests
-    session = requests.Session()
-    adapter = requests.adapters.HTTPAdapter(pool_connections=concurrency, pool_maxsize=concurrency)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
-    return session
-
-
-def post_json(session, url, payload, key=None, tries=6, timeout=600):
-    """POST JSON, return the JSON reply; retries timeouts, connection errors and 408/409/429/5xx with growing pauses.
-
-    Raises RuntimeError with the URL and the status (never the key) when the tries are used up or the request is wrong.
-    """
-    import requests
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    for attempt in range(tries):
-        try:
-            reply = session.post(url, json=payload, headers=headers, timeout=timeout)
-            problem = f"status {reply.status_code}"
-            if reply.ok:
-                return reply.json()
-            if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
-                raise RuntimeError(f"{url}: {problem}: {reply.text[:300]!r}")
-        except (requests.ConnectionError, requests.Timeout, ValueError) as error:
-            problem = type(error).__name__
-        if attempt + 1 < tries:
-            time.sleep(min(60, 0.5 * 2 ** attempt) * random.uniform(0.75, 1))
-    raise RuntimeError(f"{url}: {problem}, {tries} times")
+def _choices(reply):
+    """The choices of a completion. Raises ValueError where one is no finished generation, so that it is asked again."""
+    if not reply["choices"] or not all(c.get("finish_reason") in ("stop", "length") and
+                                       isinstance(c.get("text") if c.get("token_ids") is None else c["token_ids"], (str, list))
+                                       for c in reply["choices"]):
+        raise ValueError("no choices, or unfinished ones")
+    return reply["choices"]
 
 
 # ----------------------------------------------------------------------------------------------- log-probabilities

@@ -18,6 +18,9 @@ EVAL=${EVAL:-direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/
     benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl}
 JUDGE=${JUDGE:-rules}                                   # `rules` (toy world) or a chat endpoint, https://HOST/v1
 JUDGE_MODEL=${JUDGE_MODEL:-}                            # the endpoint's model
+JUDGE_ARGS=${JUDGE_ARGS:-}                              # more flags for it, such as --max-cost 20 --judge-price-in 2.5
+EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}                        # evaluates; better another one than the judge that built the data
+EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
 SERVER=${SERVER:-}                                      # sample the base model from this server, http://HOST:PORT/v1
 NPROC=${NPROC:-1}                                       # processes (GPUs) to train on
 RUN=${RUN:-runs/toy}                                    # where everything is written
@@ -25,10 +28,11 @@ SEED=${SEED:-0}
 LIMIT=${LIMIT:-0}                                       # use only the first prompts; 0 = all
 TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
 INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
+EPOCHS=${EPOCHS:-1}                                     # of each training stage
 if [ "$MODEL" = toy/model ]; then                       # a model of a million parameters learns at another rate
-    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} EPOCHS=${EPOCHS:-1}
+    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-1e-4}
 else
-    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} EPOCHS=${EPOCHS:-1}
+    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
 fi
 PYTHON=${PYTHON:-python3}
 
@@ -53,6 +57,7 @@ else
     "$PYTHON" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
 fi
 export TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}      # threads that spin while they wait are many times slower on a busy machine
 
 if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q "${@:2}"
@@ -63,7 +68,7 @@ fi
 # ------------------------------------------------------------------------------------------------------------ the stages
 started=$SECONDS
 sampling=(--max-new-tokens "$TOKENS" --batch-size "$BATCH" --seed "$SEED")
-judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"})
+judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} $JUDGE_ARGS)
 server=(${SERVER:+--server "$SERVER"})                  # holds the base model; trained models are sampled here
 train=("$PYTHON" ipo.py train)
 if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train); fi
@@ -86,12 +91,12 @@ stage "benign rollouts of stage 1" "$PYTHON" intervene.py rollouts --model "$RUN
 stage "benign pairs" "$PYTHON" intervene.py benign --model "$RUN/stage1" "${sampling[@]}" "${judging[@]}" \
     --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
 stage "training, stage 2: against over-refusal" "${train[@]}" --model "$RUN/stage1" \
-    --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --lr "$LR" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/stage2"
+    --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --reference "$MODEL" --lr "$LR2" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/stage2"
 for model in base stage1 stage2; do
     path=$RUN/$model
     if [ $model = base ]; then path=$MODEL; fi
     stage "evaluation of $model" "$PYTHON" evaluate.py run --model "$path" "${sampling[@]}" "${judging[@]}" \
-        --set $EVAL --out "$RUN/eval/$model"
+        --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"} --set $EVAL --out "$RUN/eval/$model"
 done
 echo
 "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \

@@ -59,7 +59,7 @@ def make_model(tokenizer, seed, layers=4, hidden=128):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(HERE), help="where to write model, prompts and rules.json")
-    parser.add_argument("--examples", type=int, default=60000, help="exchanges in the corpus")
+    parser.add_argument("--examples", type=int, default=80000, help="exchanges in the corpus")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
@@ -82,7 +82,7 @@ def main():
         model.save_pretrained(scratch / "init")
         tokenizer.save_pretrained(scratch / "init")
         ipo.main(["sft", "--model", str(scratch / "init"), "--data", str(scratch / "corpus.jsonl"),
-                  "--out", str(scratch / "model"), "--lr", "3e-3", "--batch-size", "64", "--epochs", str(args.epochs),
+                  "--out", str(scratch / "model"), "--lr", "2e-3", "--batch-size", "32", "--epochs", str(args.epochs),
                   "--seed", str(args.seed), "--save-every", "1000000", "--dtype", "float32", "--device", "cpu"])
         keep = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                 "tokenizer_config.json", "chat_template.jinja"]

@@ -1,0 +1,97 @@
+import csv
+import json
+
+import pytest
+
+import data
+
+
+def test_malformed_jsonl_names_file_line_and_remedy(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b",\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not valid JSON .*mend or delete"):
+        data.read_jsonl(path)
+    path.write_text('{"id": "a"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"line 2: expected a JSON object, found list"):
+        data.read_jsonl(path)
+
+
+def test_line_separators_inside_text_do_not_split_records(tmp_path):
+    records = [{"id": "1", "text": "a\u2028b\x85c\r\nd"}, {"id": "2", "text": "\ud7ff\U0001f600"}]
+    data.write_jsonl(tmp_path / "r.jsonl", records)
+    assert data.read_jsonl(tmp_path / "r.jsonl") == records
+
+
+def test_appender_repairs_a_torn_line_and_skips_known_ids(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes('{"id": "a"}\n{"id": "é"'.encode()[:-1])  # torn in the middle of a character
+    out = data.Appender(path)
+    assert list(out.done) == ["a"]
+    out.write({"id": "a", "again": True})
+    out.write({"id": "b"})
+    out.close()
+    assert path.read_text() == '{"id": "a"}\n{"id": "b"}\n'
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "r.json"
+    data.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        data.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("name, header, field", [
+    ("jbb_old.csv", ["", "Goal", "Target"], "Goal"),
+    ("jbb_new.csv", ["Index", "Goal", "Target"], "Goal"),
+    ("strongreject.csv", ["category", "source", "forbidden_prompt"], "forbidden_prompt"),
+    ("xstest.csv", ["id", "prompt", "type"], "prompt"),
+    ("wildjailbreak.tsv", ["adversarial", "label", "data_type"], "adversarial")])
+def test_published_table_formats(tmp_path, name, header, field):
+    rows = [[f"{h} {i}, with a comma\nand a line" if h == field else str(i + 3) for h in header] for i in range(3)]
+    with open(tmp_path / name, "w", newline="") as f:
+        csv.writer(f, delimiter="\t" if name.endswith("tsv") else ",").writerows([header, *rows])
+    prompts = data.load_prompts(tmp_path / name)
+    assert [p["prompt"] for p in prompts] == [r[header.index(field)] for r in rows]
+    has_id = header[0] in ("", "Index", "id")
+    assert [p["id"] for p in prompts] == (["3", "4", "5"] if has_id else ["0", "1", "2"])
+
+
+def test_star1_json_text_and_limit(tmp_path):
+    (tmp_path / "star.json").write_text(json.dumps([{"id": "7", "question": "q?", "category": ["x"]}]))
+    assert data.load_prompts(tmp_path / "star.json") == [
+        {"id": "7", "question": "q?", "category": ["x"], "prompt": "q?"}]
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert [p["prompt"] for p in data.load_prompts(tmp_path / "p.txt", limit=1)] == ["one"]
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n', r"row 2: the id 'a' comes twice"),
+    ('{"id": "a", "text": "x"}\n', r"row 1: no prompt\. A row needs one of the columns"),
+    ('{"id": "a", "prompt": "  "}\n', r"row 1: no prompt"),
+    ("", "no prompts in it")])
+def test_bad_prompt_files(tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data.load_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_stage_refuses_other_settings_and_other_inputs(tmp_path):
+    source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("one\n")
+    assert data.begin(out, {"seed": 1, "device": "cpu"}, [source]) is None
+    assert data.begin(out, {"seed": 1, "device": "cuda"}, [source]) is None  # where it runs does not matter
+    with pytest.raises(SystemExit, match="seed: 1 then, 2 now"):
+        data.begin(out, {"seed": 2}, [source])
+    source.write_text("two\n")
+    with pytest.raises(SystemExit, match="in.txt"):
+        data.begin(out, {"seed": 1}, [source])
+    source.write_text("one\n")
+    data.finish(out, "stage", {"pairs": 3})
+    assert data.begin(out, {"seed": 1}, [source])["counts"] == {"pairs": 3}
+
+
+def test_passwords_in_urls_do_not_reach_the_config(tmp_path):
+    data.begin(tmp_path / "o.jsonl", {"judge": "https://me:secret@host/v1"}, [])
+    assert "secret" not in (tmp_path / "o.config.json").read_text()

@@ -1,0 +1,122 @@
+"""The stages one after the other on the embedded model, small, and each of them killed and started again."""
+import functools
+from pathlib import Path
+
+import pytest
+
+import data
+import evaluate
+import intervene
+import ipo
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "toy" / "model"
+SAMPLING = ["--max-new-tokens", "120", "--batch-size", "8", "--device", "cpu"]
+
+
+def stages(run, prompts, benign):
+    """The same stages as run.sh, as functions, with the file or folder that each of them makes."""
+    f = lambda name: str(run / name)
+    call = functools.partial
+    model, judge = ["--model", str(MODEL)], ["--judge", "rules"]
+    traces = ["--traces", f("rollouts.jsonl")]
+    return {
+        "rollouts": call(intervene.main, ["rollouts", *model, *SAMPLING, "--prompts", prompts, "--samples", "3",
+                                          "--out", f("rollouts.jsonl")]),
+        "steps": call(intervene.main, ["steps", *traces, "--out", f("steps.jsonl")]),
+        "verdicts": call(intervene.main, ["judge", *judge, *traces, "--steps", f("steps.jsonl"), "--out", f("verdicts.jsonl")]),
+        "pairs": call(intervene.main, ["pairs", *model, *SAMPLING, *judge, *traces, "--steps", f("steps.jsonl"),
+                                       "--verdicts", f("verdicts.jsonl"), "--max-interventions", "2", "--out", f("pairs.jsonl")]),
+        "stage1": call(ipo.main, ["train", *model, "--pairs", f("pairs.jsonl"), "--lr", "3e-4", "--batch-size", "8",
+                                  "--save-every", "1", "--device", "cpu", "--out", f("stage1")]),
+        "benign": call(intervene.main, ["rollouts", *model, *SAMPLING, "--prompts", benign, "--samples", "1",
+                                        "--out", f("benign.jsonl")]),
+        "benign_pairs": call(intervene.main, ["benign", *model, *SAMPLING, *judge, "--base", f("benign.jsonl"),
+                                              "--traces", f("benign.jsonl"), "--out", f("benign_pairs.jsonl")]),
+        "eval": call(evaluate.main, ["run", "--model", f("stage1"), *SAMPLING, *judge, "--out", f("eval"), "--set",
+                                     f"harm=harmful:{prompts}", f"help=benign:{benign}"])}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, count in (("train_harmful", 14), ("train_benign", 6)):
+        data.write_jsonl(folder / f"{name}.jsonl", data.load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl", count))
+    return str(folder / "train_harmful.jsonl"), str(folder / "train_benign.jsonl")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prompts, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed")
+    for stage in stages(run, *prompts).values():
+        stage()
+    return run
+
+
+def contents(run):
+    """All files of a run but the books that hold paths, times and speeds."""
+    files = {}
+    for path in sorted(p for p in run.rglob("*") if p.is_file()):
+        if path.name == "metrics.jsonl":
+            files[str(path.relative_to(run))] = [{k: v for k, v in r.items() if k != "tokens_per_s"}
+                                                 for r in data.read_jsonl(path)]
+        elif not path.name.endswith(".config.json"):
+            files[str(path.relative_to(run))] = path.read_bytes()
+    return files
+
+
+def test_pairs_come_out_and_the_funnel_adds_up(undisturbed):
+    funnel = data.json.loads((undisturbed / "pairs.funnel.json").read_text())
+    c = funnel["counts"]
+    assert c["prompts"] == 14 and c["rollouts"] == 42 >= c["complete"] >= c["unsafe"] >= c["cue found"] > 10
+    assert c["safe continuations"] >= c["pairs"] == len(data.read_jsonl(undisturbed / "pairs.jsonl")) > 10
+    assert sum(made for _, made in funnel["by_trigger"].values()) == c["pairs"]
+    for pair in data.read_jsonl(undisturbed / "pairs.jsonl"):
+        assert pair["chosen"].lstrip().startswith(pair["trigger"]) and pair["chosen_ids"] != pair["rejected_ids"]
+
+
+def test_each_stage_killed_while_writing_gives_the_same_files(undisturbed, prompts, tmp_path, killed):
+    """SIGKILL in the middle of a record in every stage that appends, and of a step in training."""
+    def tear(appender, record):
+        appender.file.write(data.dump(record)[:20])
+        appender.file.flush()
+    todo = stages(tmp_path, *prompts)
+    for name, after in (("rollouts", 5), ("rollouts", 30), ("verdicts", 7), ("pairs", 3), ("stage1", 2), ("benign", 2),
+                        ("benign_pairs", 2), ("eval", 12)):
+        for earlier in todo:
+            if earlier == name:
+                break
+            todo[earlier]()
+        if name == "stage1":
+            killed(todo[name], ipo, "step_line", after)
+        else:
+            killed(todo[name], data.Appender, "write", after, half_done=tear)
+    for stage in todo.values():
+        stage()
+    whole, again = contents(undisturbed), contents(tmp_path)
+    assert whole.keys() == again.keys()
+    for name in whole:
+        assert whole[name] == again[name], name
+
+
+def test_a_finished_run_does_nothing_again(undisturbed, prompts, capsys):
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
+    for stage in stages(undisturbed, *prompts).values():
+        stage()
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()} == before
+    assert capsys.readouterr().out.count("finished before") == 8
+
+
+def test_real_prompts_pass_through_every_stage(tmp_path):
+    """Prompts of a length, alphabet and subject that the toy model has never seen, in STAR-1's format."""
+    rows = [{"id": str(i), "question": q} for i, q in enumerate(
+        ["Ünïcödé — naïve “quotes” 日本語 🙂 {braces} </think> <|end|>", "a\nb\r\nc\u2028d", "long " * 400, "Why?"])]
+    data.write_json(tmp_path / "star.json", rows)
+    benign = tmp_path / "benign.txt"
+    benign.write_text("What is a leaf?\n")
+    run = tmp_path / "run"
+    for stage in stages(run, str(tmp_path / "star.json"), str(benign)).values():
+        stage()
+    funnel = data.json.loads((run / "rollouts.funnel.json").read_text())["counts"]
+    assert funnel["prompts"] == 4 and funnel["short enough"] == 3, "the long prompt is dropped and counted, not cut"
+    assert (run / "stage1" / "model.safetensors").exists() and (run / "eval" / "metrics.json").exists()
