@@ -470,7 +470,7 @@ def plan(path, gpus=1, micro_tokens=16384, dtype=torch.bfloat16, checkpointed=Tr
     total, trained, blocks, vocabulary = (sum(p.numel() for p in ps) for ps in (
         lm.parameters(), [p for p in lm.parameters() if p.requires_grad], layers.parameters(),
         lm.get_input_embeddings().parameters()))
-    chunk, keep = (2 ** 23, 2 ** 26) if size == 4 else (2 ** 27, 0)           # of the logits, see TokenLogps
+    chunk, keep = (2 ** 24, 2 ** 26) if size == 4 else (2 ** 27, 0)           # of the logits, see TokenLogps
     scored = micro_tokens // 2 * c.vocab_size                                 # CHOICE: half of the tokens are suffixes
     kv = c.num_key_value_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
     kept = size * (9 * c.hidden_size + 4 * kv + 4 * c.intermediate_size) + 8 * c.hidden_size * (size < 4)
