@@ -30,7 +30,7 @@ TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
 INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
 EPOCHS=${EPOCHS:-1}                                     # of each training stage
 if [ "$MODEL" = toy/model ]; then                       # a model of a million parameters learns at another rate
-    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-1e-4}
+    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
 else
     TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
 fi
