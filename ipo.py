@@ -275,7 +275,7 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
             # FSDP averages gradients over ranks; times world makes it the sum, over the global count the mean.
             (losses.sum() * weight * world / len(batches[step])).backward()
             for name, values in {"loss": losses, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + values.detach().double().sum() * weight
+                sums[name] = sums.get(name, 0.0) + values.detach().float().sum() * weight
         norm = nn.utils.clip_grad_norm_(trained, clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # on every rank: it communicates
         optimizer.step()

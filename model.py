@@ -26,13 +26,13 @@ OPEN, CLOSE = "<think>", "</think>"
 # ------------------------------------------------------------------------------------------------ loading, saving
 
 def pick_device(name="auto"):
-    """`auto` is the first GPU where there is one, else the CPU.
+    """`auto` is the first CUDA GPU where there is one, else the CPU (Apple's `mps` only by name: it is untested here).
 
     >>> pick_device("cpu")
     device(type='cpu')
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 

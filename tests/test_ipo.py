@@ -196,9 +196,29 @@ def test_two_ranks_give_the_result_of_one(model_dir, pairs_file, tmp_path):
     assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3, "training must have moved the weights"
 
 
-def test_no_pairs_passes_the_model_on(model_dir, tmp_path, capsys):
+@pytest.fixture
+def other_dir(model_dir, tokenizer, tmp_path):
+    random_model(len(tokenizer), seed=5).save_pretrained(tmp_path / "another")
+    tokenizer.save_pretrained(tmp_path / "another")
+    return tmp_path / "another"
+
+
+def test_another_reference_is_used_and_not_trained(model_dir, other_dir, pairs_file, tmp_path):
+    out = tmp_path / "out"
+    ipo.main(arguments(model_dir, pairs_file, out, "--reference", str(other_dir)))
+    pairs = data.read_jsonl(pairs_file)
+    stored = json.loads((tmp_path / "out.reference.json").read_text())["logps"]
+    with_reference(pairs, AutoModelForCausalLM.from_pretrained(other_dir).eval())  # oracle: padded rows, no cache
+    for p in pairs:
+        assert stored[p["id"]] == pytest.approx(p["ref"], abs=1e-3)
+    assert abs(without_times(out)[0]["rewards/margins"]) > 1e-3, "model and reference differ, so the margin is not 0"
+    start, end = (load_file(p / "model.safetensors") for p in (model_dir, out))
+    assert max((end[k] - start[k]).abs().max() for k in start) < 0.05, "training goes on from --model, not the reference"
+
+
+def test_no_pairs_passes_the_model_on(model_dir, other_dir, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text("")
-    ipo.main(arguments(model_dir, tmp_path / "none.jsonl", tmp_path / "out"))
+    ipo.main(arguments(model_dir, tmp_path / "none.jsonl", tmp_path / "out", "--reference", str(other_dir)))
     assert "nothing to train on" in capsys.readouterr().out
     a, b = (load_file(p / "model.safetensors") for p in (model_dir, tmp_path / "out"))
     assert all(torch.equal(a[k], b[k]) for k in a)
