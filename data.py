@@ -38,7 +38,7 @@ PROMPT_FIELDS = ("prompt", "question", "Goal", "forbidden_prompt", "adversarial"
 ID_FIELDS = ("id", "Index", "unique_id", "")  # older JailbreakBench files leave the header of the index column empty
 
 # Flags that say where or how fast a stage runs, never what it computes.
-VOLATILE_FLAGS = {"device", "out", "command", "run", "stage", "save_every", "judge_concurrency",
+VOLATILE_FLAGS = {"device", "out", "command", "save_every", "judge_concurrency",
                   "compile", "defer_sync", "judge_cache", "judge_price_in", "judge_price_out", "max_cost"}
 
 
@@ -258,7 +258,7 @@ class Endpoint:
                 raise SystemExit(self.stopped)
             if self.max_cost and self.cost() >= self.max_cost:
                 self.stop(f"--max-cost {self.max_cost:g} is reached, ${self.cost():.2f} are spent. Give a higher one.")
-            self.count({"requests": 1, "retries": attempt > 0})
+            self.count({"requests": 1, "retries": int(attempt > 0)})
             status, pause, said = 0, None, ""
             try:
                 status, headers, body = self._exchange(payload)
@@ -378,7 +378,10 @@ def _read_rows(path):
     if suffix == ".jsonl":
         return read_jsonl(path)
     if suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
         if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
             raise ValueError(f"{path}: expected a JSON list of objects.")
         return rows
@@ -601,22 +604,28 @@ def beside(out, kind):
 def begin(out, flags, inputs, **more):
     """Open a stage: write its config beside `out`; return its funnel if the stage is finished already, else None.
 
-    `flags` is a dict of everything that decides the result, `inputs` the files that it reads. Raises SystemExit
-    when `out` was begun with other flags or other inputs, because its records could not be mixed with new ones.
+    `flags` is a dict of everything that decides the result, `inputs` the files that it reads. Raises SystemExit when
+    an input is missing, and when `out` was made with other flags or inputs, because its records could not be mixed
+    with new ones. Where `out` is gone it is made again, and what else was left of it is removed.
     """
+    for p in inputs:  # a model may be a name on the hub; a file with an ending is a file
+        if Path(p).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") and not Path(p).is_file():
+            raise SystemExit(f"{p}: no such file.")
     config = {"flags": {k: _public(v) for k, v in flags.items() if k not in VOLATILE_FLAGS},
               "inputs": {str(p): fingerprint(p) for p in inputs}, **more}
-    path = beside(out, "config")
+    path, done, changed = beside(out, "config"), beside(out, "funnel"), []
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = [f"{k}: {old[part].get(k)!r} then, {config[part].get(k)!r} now" for part in ("flags", "inputs")
                    for k in {**old[part], **config[part]} if old[part].get(k) != json.loads(json.dumps(config[part].get(k)))]
-        if changed:
-            raise SystemExit(f"{out} was begun with other settings ({'; '.join(changed)}). "
-                             f"Use another run folder, or delete {out} and {path} to make it again.")
-    else:
+        if changed and Path(out).exists():
+            raise SystemExit(f"{out} was made with other settings ({'; '.join(changed)}). "
+                             f"Use another run folder (RUN=...), or delete {out} to make it again.")
+    if not Path(out).exists():
+        done.unlink(missing_ok=True)
+    if changed or not path.exists():
+        shutil.rmtree(Path(out).with_suffix(".rounds"), ignore_errors=True)
         write_json(path, {**config, "versions": versions(), "commit": git_commit()})
-    done = beside(out, "funnel")
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import data
 import intervene
 
-EVAL_KEYS = ("EVAL_JUDGE_API_KEY", *intervene.JUDGE_KEYS)  # a second judge may be another provider's
+EVAL_KEYS = ("EVAL_JUDGE_API_KEY",)  # of a second judge elsewhere, which must not be sent the first one's key
 METRICS = {"harmful": ("reasoning", "response"), "benign": ("compliance",), "task": ("accuracy",)}
 
 
@@ -121,6 +121,8 @@ def parse_sets(specs):
         kind, _, path = rest.partition(":")
         if not name.replace("_", "").replace("-", "").isalnum() or kind not in METRICS or not path:
             raise SystemExit(f"--set {spec}: write NAME=KIND:FILE, where KIND is {', '.join(METRICS)}.")
+        if name in [n for n, _, _ in sets]:
+            raise SystemExit(f"--set {spec}: the name {name} comes twice.")
         sets.append((name, kind, path))
     return sets
 
@@ -131,7 +133,7 @@ def run(args):
     loaded = {name: data.load_prompts(path, args.limit) for name, _, path in sets}
     for name, kind, path in sets:
         for p in loaded[name]:
-            if kind == "task" and "answer" not in p:
+            if kind == "task" and p.get("answer") is None:
                 raise SystemExit(f"{path}, id {p['id']}: a task needs a column `answer`.")
     sampler = intervene.make_sampler(args)
     metrics, dropped = {}, 0
@@ -198,7 +200,7 @@ def judge_agreement(args):
     judges = [intervene.judge_of(args)]
     if args.other_judge:
         other = argparse.Namespace(**{**vars(args), "judge": args.other_judge, "judge_model": args.other_judge_model})
-        judges.append(intervene.judge_of(other, EVAL_KEYS))
+        judges.append(intervene.judge_of(other, EVAL_KEYS if args.other_judge != args.judge else intervene.JUDGE_KEYS))
     answers = [list(judge.ask(args.question, items)) for judge in judges]
     names = [judge.name for judge in judges]
     if args.labels:
@@ -294,9 +296,9 @@ def draw_training(plt, logs):
     start = 0
     for k, (name, log) in enumerate(logs.items()):
         x = [start + line["step"] + 1 for line in log]
-        axes[0].plot(x, [line["loss/preference"] for line in log], color=COLOURS[k + 1], label=name)
+        axes[0].plot(x, [line["loss/preference"] for line in log], color=COLOURS[(k + 1) % len(COLOURS)], label=name)
         for key, style in (("rewards/chosen", "-"), ("rewards/rejected", ":")):
-            axes[1].plot(x, [line[key] for line in log], style, color=COLOURS[k + 1], label=f"{name} {key.split('/')[1]}")
+            axes[1].plot(x, [line[key] for line in log], style, color=COLOURS[(k + 1) % len(COLOURS)], label=f"{name} {key.split('/')[1]}")
         start += len(log)
     axes[0].set(title="preference loss (log 2 at first)", xlabel="step")
     axes[1].set(title="rewards of chosen and rejected", xlabel="step")
@@ -353,6 +355,8 @@ def pair_card(pair):
 def before_after(folders, set_name, count):
     """Held-out prompts of a harmful set as the first and the last model answer them, step by step with verdicts."""
     loaded = []
+    if not all((folder / f"{set_name}.verdicts.jsonl").exists() for folder in (folders[0], folders[-1])):
+        return "<p class=note>Not run on both models.</p>"
     for folder in (folders[0], folders[-1]):
         read = lambda kind: {r["id"]: r for r in data.read_jsonl(folder / f"{set_name}.{kind}.jsonl")}
         loaded.append((read("traces"), read("steps"), read("verdicts")))
@@ -401,9 +405,9 @@ def report(args):
         folders[name] = Path(folder)
     evals = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in folders.items()}
     funnels = [json.loads(p.read_text()) for p in sorted(run_dir.rglob("*.funnel.json"), key=lambda p: p.stat().st_mtime)]
-    logs = {p.parent.name: log for p in sorted(run_dir.glob("*/metrics.jsonl")) if (log := data.read_jsonl(p))}
+    logs = {p.parent.name: log for p in sorted(run_dir.glob("*/metrics.jsonl")) if (log := data.read_jsonl(p)) and "loss/preference" in log[0]}
     pairs = [f for f in funnels if f["stage"] == "pairs"]
-    examples = data.read_jsonl(run_dir / "pairs.jsonl")[:] if (run_dir / "pairs.jsonl").exists() else []
+    examples = data.read_jsonl(run_dir / "pairs.jsonl") if (run_dir / "pairs.jsonl").exists() else []
     examples.sort(key=lambda p: data.digest(p["id"]))
     harmful = [name for name, entry in next(iter(evals.values()))["sets"].items() if entry["kind"] == "harmful"]
     rows = "".join(f"<tr><td>{escape(label(n, m))}</td>" + "".join(f"<td>{escape(cell(r))}</td>" for r in results) + "</tr>"
@@ -469,8 +473,9 @@ def main(argv=None):
         return report(args)
     if args.command == "judge-agreement":
         return judge_agreement(args)
+    keys = EVAL_KEYS if args.eval_judge not in (None, args.judge) else intervene.JUDGE_KEYS
     args.judge, args.judge_model = args.eval_judge or args.judge, args.eval_judge_model or args.judge_model
-    args.judge = intervene.judge_of(args, EVAL_KEYS)
+    args.judge = intervene.judge_of(args, keys)
     finished = data.begin(args.out, {**vars(args), "judge": args.judge.name, "eval_judge": None, "eval_judge_model": None},
                           [args.model, *(path for _, _, path in parse_sets(args.set))])
     if finished:

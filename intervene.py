@@ -513,7 +513,7 @@ def run_pairs(args):
     pairs, counts, by_trigger = intervene(
         data.read_jsonl(args.traces), data.read_jsonl(args.steps), data.read_jsonl(args.verdicts),
         data.load_triggers(args.triggers), make_sampler(args),
-        args.judge, Path(args.out).parent, args.max_interventions)
+        args.judge, Path(args.out).with_suffix(".rounds"), args.max_interventions)
     data.write_jsonl(args.out, pairs)
     for trigger, (tried, made) in by_trigger.items():
         print(f"  {made:4d} pairs of {tried:4d} interventions: {trigger}")
@@ -524,7 +524,7 @@ def run_benign(args):
     """Stage `benign`."""
     pairs, counts = benign_pairs(
         data.read_jsonl(args.base), data.read_jsonl(args.traces), data.load_triggers(args.triggers), make_sampler(args),
-        args.judge, Path(args.out).parent)
+        args.judge, Path(args.out).with_suffix(".rounds"))
     data.write_jsonl(args.out, pairs)
     return counts
 

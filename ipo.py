@@ -255,7 +255,8 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
     first = load_checkpoint(out, policy, optimizer)
-    log = data.read_jsonl(out / "metrics.jsonl")[:first] if first else []
+    lines = (out / "metrics.jsonl").read_text().splitlines()[:first] if first else []  # a torn last line is beyond
+    log = [json.loads(line) for line in lines]
     if rank == 0:
         data.write_jsonl(out / "metrics.jsonl", log)  # lines after the checkpoint are made again
     for step in range(first, len(batches)):
@@ -428,8 +429,9 @@ def run(args):
         examples, dropped = load_completions(files, tokenizer, args.max_length)
         rows = [[(e["prefix_ids"], e["chosen_ids"])] for e in examples]
         losses_of = functools.partial(sft_losses, device=device)
-    if args.no_share:  # padded rows: every example for itself
-        parts = [{i: len(r) * max(len(p) + len(c) for p, c in r)} for i, r in enumerate(rows)]
+    if args.no_share:  # padded rows: every example for itself, and as long as the longest that it may be padded to
+        longest = max((len(p) + len(c) for r in rows for p, c in r), default=0)
+        parts = [{i: len(r) * longest} for i, r in enumerate(rows)]
     else:
         parts = [data.tree_parts(r) for r in rows]
     batches, log = data.global_batches(parts, args.batch_size, args.epochs, args.seed), []
@@ -438,7 +440,7 @@ def run(args):
     if examples and args.command == "train":
         epoch = [m for b in batches[:math.ceil(len(examples) / args.batch_size)]
                  for m in data.micro_batches(b, parts, args.micro_tokens, rank, world)]
-        key = [data.fingerprint(p) for p in (reference, *files)] + [str(dtype), args.score_from, args.no_share]
+        key = [data.fingerprint(p) for p in (reference, *files)] + [str(dtype), args.score_from, args.no_share, args.max_length]
         cached_reference(data.beside(out, "reference"), key, policy, examples, epoch, device, autocast, rank, world,
                          args.score_from)
     if reference != args.model:

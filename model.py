@@ -457,7 +457,8 @@ class ServerSampler:
                 "It must report usage.prompt_tokens." if not counted else
                 "It strips white space from the prompt, or its tokenizer is not that of --model."))
         thinks = OPEN in self.tokenizer.get_vocab() and choice.get("token_ids") is None
-        lost = used["completion_tokens"] - len(self.tokenizer.encode(text, add_special_tokens=False)) > 2
+        lost = used["completion_tokens"] - sum(
+            len(self.tokenizer.encode(c.get("text") or "", add_special_tokens=False)) for c in reply["choices"]) > 2 * len(reply["choices"])
         if choice.get("reasoning") or choice.get("reasoning_content") or thinks and lost and (
                 not text.strip() or not inside and not text.startswith(OPEN)):
             raise SystemExit(f"{where}: the reasoning is missing from the text that came back. A reasoning parser took it "

@@ -21,17 +21,21 @@ JUDGE_MODEL=${JUDGE_MODEL:-}                            # the endpoint's model
 JUDGE_ARGS=${JUDGE_ARGS:-}                              # more flags for it, such as --max-cost 20 --judge-price-in 2.5
 EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}                        # evaluates; better another one than the judge that built the data
 EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
+if [ "$EVAL_JUDGE" = "$JUDGE" ]; then EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-$JUDGE_ARGS}; fi
 SERVER=${SERVER:-}                                      # sample the base model from this server, http://HOST:PORT/v1
 NPROC=${NPROC:-1}                                       # processes (GPUs) to train on
 RUN=${RUN:-runs/toy}                                    # where everything is written
 SEED=${SEED:-0}
-LIMIT=${LIMIT:-0}                                       # use only the first prompts; 0 = all
-TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
+LIMIT=${LIMIT:-0}                                       # use only the first of PROMPTS; 0 = all
+TRIGGERS=${TRIGGERS:-prompts/triggers.txt}               # one a line
+SAMPLES=${SAMPLES:-$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS")}  # rollouts a harmful prompt: one for each trigger
 INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
 EPOCHS=${EPOCHS:-1}                                     # of each training stage
 if [ "$MODEL" = toy/model ]; then                       # a model of a million parameters learns at another rate
-    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
+    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5} TRAIN_ARGS=${TRAIN_ARGS:-}
 else
+    if [ "$JUDGE" = rules ]; then echo "JUDGE=rules knows the toy world only; give the URL of a chat endpoint or local:PATH" >&2; exit 2; fi
+    TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}  # more flags for training
     TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
 fi
 PYTHON=${PYTHON:-python3}
@@ -70,12 +74,12 @@ started=$SECONDS
 sampling=(--max-new-tokens "$TOKENS" --batch-size "$BATCH" --seed "$SEED")
 judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} $JUDGE_ARGS)
 server=(${SERVER:+--server "$SERVER"})                  # holds the base model; trained models are sampled here
-train=("$PYTHON" ipo.py train)
-if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train); fi
+train=("$PYTHON" ipo.py train $TRAIN_ARGS)
+if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train $TRAIN_ARGS); fi
 stage() { echo "--- $1 (${SECONDS}s)"; shift; "$@"; }
 
 stage "rollouts of the base model" "$PYTHON" intervene.py rollouts --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" \
-    --prompts "$PROMPTS" --limit "$LIMIT" --out "$RUN/rollouts.jsonl"
+    --prompts "$PROMPTS" --limit "$LIMIT" --samples "$SAMPLES" --out "$RUN/rollouts.jsonl"
 stage "sentences" "$PYTHON" intervene.py steps --traces "$RUN/rollouts.jsonl" --out "$RUN/steps.jsonl"
 stage "verdicts and compliance cues" "$PYTHON" intervene.py judge "${judging[@]}" --traces "$RUN/rollouts.jsonl" \
     --steps "$RUN/steps.jsonl" --out "$RUN/verdicts.jsonl"
@@ -95,7 +99,7 @@ stage "training, stage 2: against over-refusal" "${train[@]}" --model "$RUN/stag
 for model in base stage1 stage2; do
     path=$RUN/$model
     if [ $model = base ]; then path=$MODEL; fi
-    stage "evaluation of $model" "$PYTHON" evaluate.py run --model "$path" "${sampling[@]}" "${judging[@]}" \
+    stage "evaluation of $model" "$PYTHON" evaluate.py run --model "$path" "${sampling[@]}" --judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} \
         --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"} --set $EVAL --out "$RUN/eval/$model"
 done
 echo

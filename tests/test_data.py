@@ -79,8 +79,12 @@ def test_bad_prompt_files(tmp_path, text, message):
 
 def test_a_stage_refuses_other_settings_and_other_inputs(tmp_path):
     source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit, match="in.txt: no such file"):
+        data.begin(out, {"seed": 1}, [source])
     source.write_text("one\n")
+    assert data.begin(out, {"seed": 0}, [source]) is None  # nothing was made with it, so it does not bind
     assert data.begin(out, {"seed": 1, "device": "cpu"}, [source]) is None
+    out.write_text("")
     assert data.begin(out, {"seed": 1, "device": "cuda"}, [source]) is None  # where it runs does not matter
     with pytest.raises(SystemExit, match="seed: 1 then, 2 now"):
         data.begin(out, {"seed": 2}, [source])
@@ -90,6 +94,10 @@ def test_a_stage_refuses_other_settings_and_other_inputs(tmp_path):
     source.write_text("one\n")
     data.finish(out, "stage", {"pairs": 3})
     assert data.begin(out, {"seed": 1}, [source])["counts"] == {"pairs": 3}
+    (tmp_path / "out.rounds").mkdir()
+    out.unlink()  # the remedy that the message gives: made again, with nothing left of the old settings
+    assert data.begin(out, {"seed": 2}, [source]) is None
+    assert not (tmp_path / "out.rounds").exists() and not (tmp_path / "out.funnel.json").exists()
 
 
 def test_passwords_in_urls_do_not_reach_the_config(tmp_path):
