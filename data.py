@@ -1,8 +1,7 @@
-"""Files in, files out: prompts, JSONL records, the books that every stage keeps, and requests to servers.
+"""Files in, files out: prompts, JSONL records, the books of every stage, requests to servers, batches of pairs.
 
-This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It knows nothing of models: it reads
-prompt sets in the formats that safety research uses, lays pairs out in batches, and gives
-each stage the same three habits:
+This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It reads prompt sets in the formats that
+safety research uses, talks HTTP to judges and samplers, lays pairs out in batches, and gives each stage three habits:
 
 * records are JSON lines with an `id`, appended as results arrive and skipped by id on restart;
 * whole files are written to a temporary name and renamed, so a killed run leaves no half file behind;
@@ -30,7 +29,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import torch
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 # The column that holds the prompt, by data set: STAR-1, JailbreakBench, StrongREJECT, WildJailbreak, MATH/AIME, ours.
@@ -573,6 +571,7 @@ def in_files(sizes, limit):
 
 def weight_files(path):
     """The safetensors files of a model directory, or of a model on the hub, which is fetched first."""
+    from huggingface_hub import snapshot_download
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))

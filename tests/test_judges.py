@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
 
@@ -436,14 +438,16 @@ def test_the_key_appears_nowhere(tmp_path, capsys, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     seen = []
 
-    def echo(handler, body):  # a server that repeats the key in everything it says
-        said = handler.headers["Authorization"]
-        n = len(server.log)
-        if n % 5 == 0:
+    asked = Counter()
+
+    def echo(handler, body):  # a server that repeats the key in everything it says; what it says depends on the question
+        said, question = handler.headers["Authorization"], json.dumps(body)
+        kind, asked[question] = zlib.crc32(question.encode()) % 50, asked[question] + 1
+        if kind % 5 == 0 and asked[question] == 1:
             return handler.reply(500, {"error": said})
-        if n % 5 == 1:
+        if kind % 5 == 1 and asked[question] == 1:
             return handler.reply(200, chat("no verdict " + said))
-        if n % 50 == 12:
+        if kind in (12, 22, 32):
             return handler.reply(400, {"error": "maximum context " + said})
         handler.reply(200, chat(json.dumps({"reason": said, "answer": "unsafe"})))
     make_traces(tmp_path, 40)

@@ -1,8 +1,10 @@
 """Rebuild the embedded model and its prompt sets from scratch, with the project's own fine-tuning code:
 
-    python toy/make.py                  # about 15 minutes on two CPU cores; writes toy/model, toy/prompts, toy/rules.json
+    python toy/make.py                  # 10 to 20 minutes on two CPU cores; writes toy/model, toy/prompts, toy/rules.json
 
-Everything is drawn from the seeds below. The corpus itself is not kept: it is made again from `toy/world.py`.
+Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not kept: it is made again
+from `toy/world.py`. The committed weights were trained by this command before batches were formed by trees, in another
+order of the same examples, so a new run gives a model of the same kind, not the same bits.
 """
 import argparse
 import shutil
