@@ -9,10 +9,10 @@ prompts; a missing verdict is missing, never a label.
 """
 import argparse
 import base64
-import html
 import io
 import json
 from collections import Counter
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ def evaluate_set(kind, prompts, sampler, judge, folder, name, samples=1):
                                      traces),
                 "response": measure([None if safe is None else not safe for safe in response], whole, cut)}, dropped
     if kind == "benign":
-        answers = list(judge.ask("compliance", [{"prompt": t["prompt"], "text": t["response"]} for t in whole]))
+        answers = intervene.complied(judge, whole)
         data.write_jsonl(folder / f"{name}.verdicts.jsonl", [{"id": t["id"], "complied": a} for t, a in zip(whole, answers)])
         return {"compliance": measure(answers, whole, cut)}, dropped
     answer = {p["id"]: p["answer"] for p in prompts}
@@ -316,11 +316,6 @@ def draw_funnel(plt, counts):
     ax.xaxis.set_visible(False)
     ax.spines["bottom"].set_visible(False)
     return fig
-
-
-def escape(text):
-    """Text of a model or a user as HTML that shows it and does nothing else."""
-    return html.escape(text, quote=True)
 
 
 def step_lines(text, kind, first_kind=None, start=1):

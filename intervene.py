@@ -314,6 +314,11 @@ def sample_traces(path, jobs, sampler, title):
     return [out.done[id] for id in jobs]
 
 
+def complied(judge, traces):
+    """Whether each trace's response answers its benign prompt in full: a list of True, False or None."""
+    return list(judge.ask("compliance", [{"prompt": t["prompt"], "text": t["response"]} for t in traces]))
+
+
 def segment(traces):
     """Step records `{"id", "steps"}` of traces."""
     return [{"id": t["id"], "steps": split_steps(t["reasoning"])} for t in traces]
@@ -364,6 +369,15 @@ def substitute(tokenizer, trace, steps, number, trigger):
     return h, tokenizer.encode(lost + lead + trigger + tail, add_special_tokens=False)
 
 
+def intervention_job(sampler, trace, steps, number, trigger, id):
+    """A job that goes on from z[:h] + trigger, and h; the job is None where the context has no room left to go on in."""
+    h, trigger_ids = substitute(sampler.tokenizer, trace, steps, number, trigger)
+    forced = trace["ids"][:h] + trigger_ids
+    if len(trace["prompt_ids"]) + len(forced) >= sampler.context:
+        return None, h
+    return {**{k: trace[k] for k in ("prompt_id", "sample", "prompt", "prompt_ids")}, "id": id, "forced_ids": forced}, h
+
+
 def make_pair(tokenizer, eos, trace, corrected, h, trigger, **origin):
     """The pair record of Algorithm 1: `corrected` preferred over `trace`, from token h on; None if they are equal.
 
@@ -398,14 +412,11 @@ def intervene(traces, steps, verdicts, triggers, sampler, judge, folder, rounds=
         jobs, origins = [], {}
         for t in pending:
             trigger = triggers[t["sample"] % len(triggers)]
-            h, trigger_ids = substitute(sampler.tokenizer, t, steps[t["id"]], verdicts[t["id"]]["cue"], trigger)
-            forced = t["ids"][:h] + trigger_ids
-            if len(t["prompt_ids"]) + len(forced) >= sampler.context:
-                continue  # no room left to continue in; such a trace ends here, as one that stays unsafe does
-            id = f"{t['prompt_id']}#{t['sample']}@{n}"
-            jobs.append({**{k: t[k] for k in ("prompt_id", "sample", "prompt", "prompt_ids")}, "id": id,
-                         "forced_ids": forced})
-            origins[id] = (t, h, trigger)
+            job, h = intervention_job(sampler, t, steps[t["id"]], verdicts[t["id"]]["cue"], trigger,
+                                      f"{t['prompt_id']}#{t['sample']}@{n}")
+            if job:  # a trace without room left ends here, as one that stays unsafe does
+                jobs.append(job)
+                origins[job["id"]] = (t, h, trigger)
         corrected = sample_traces(folder / f"round{n}.traces.jsonl", jobs, sampler, f"interventions, round {n}")
         new_steps = segment(corrected)
         judged = judge_traces(folder / f"round{n}.verdicts.jsonl", corrected, new_steps, judge)
@@ -435,15 +446,10 @@ def benign_pairs(base, current, triggers, sampler, judge, folder):
     reverse: a trigger in place of the first helpful step of the base model's trace, continued by the current model.
     `base` and `current` are traces of the two models on the same prompts. Returns (pairs, counts).
     """
-    def refused(traces):
-        answers = judge.ask("compliance", [{"prompt": t["prompt"], "text": t["response"]} for t in traces])
-        return [a is False for a in answers]
-
     whole = [t for t in base if not t["truncated"]]
-    answered = [t for t, a in zip(whole, judge.ask("compliance", [
-        {"prompt": t["prompt"], "text": t["response"]} for t in whole])) if a]
+    answered = [t for t, a in zip(whole, complied(judge, whole)) if a]
     now = {t["prompt_id"]: t for t in current if not t["truncated"]}
-    now_refuses = {t["prompt_id"] for t, no in zip(now.values(), refused(list(now.values()))) if no}
+    now_refuses = {id for id, a in zip(now, complied(judge, now.values())) if a is False}
     pairs = [make_pair(sampler.tokenizer, sampler.eos, now[t["prompt_id"]], {**t, "id": t["id"] + "@own"}, 0, "",
                        source="benign", interventions=0) for t in answered if t["prompt_id"] in now_refuses]
     own, jobs, origins = len(pairs), [], {}
@@ -454,16 +460,13 @@ def benign_pairs(base, current, triggers, sampler, judge, folder):
         if not s:
             continue
         trigger = triggers[k % len(triggers)]
-        h, trigger_ids = substitute(sampler.tokenizer, t, s, cue or min(2, len(s)), trigger)
-        if len(t["prompt_ids"]) + h + len(trigger_ids) >= sampler.context:
-            continue
-        id = t["id"] + "@reverse"
-        jobs.append({**{k: t[k] for k in ("prompt_id", "sample", "prompt", "prompt_ids")}, "id": id,
-                     "forced_ids": t["ids"][:h] + trigger_ids})
-        origins[id] = (t, h, trigger)
+        job, h = intervention_job(sampler, t, s, cue or min(2, len(s)), trigger, t["id"] + "@reverse")
+        if job:
+            jobs.append(job)
+            origins[job["id"]] = (t, h, trigger)
     corrected = sample_traces(folder / "reverse.traces.jsonl", jobs, sampler, "reverse substitution")
-    for r, no in zip(corrected, refused(corrected)):
-        if no and not r["truncated"]:
+    for r, a in zip(corrected, complied(judge, corrected)):
+        if a is False and not r["truncated"]:
             t, h, trigger = origins[r["id"]]
             pairs.append(make_pair(sampler.tokenizer, sampler.eos, r, {**t, "id": r["id"]}, h, trigger,
                                    source="benign", interventions=1))
