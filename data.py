@@ -1,7 +1,7 @@
-"""Files in, files out: prompts, JSONL records, the books of every stage, requests to servers, batches of pairs.
+"""Files in, files out: prompts, JSONL records, the books of every stage, batches of pairs.
 
 This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It reads prompt sets in the formats that
-safety research uses, talks HTTP to judges and samplers, lays pairs out in batches, and gives each stage three habits:
+safety research uses, lays pairs out in batches, and gives each stage three habits:
 
 * records are JSON lines with an `id`, appended as results arrive and skipped by id on restart;
 * whole files are written to a temporary name and renamed, so a killed run leaves no half file behind;
@@ -9,27 +9,18 @@ safety research uses, talks HTTP to judges and samplers, lays pairs out in batch
   `NAME.funnel.json` (what came in, what was dropped and why, what went out).
 """
 import csv
-import fcntl
 import hashlib
 import json
-import math
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import torch
-from tqdm import tqdm
 
 # The column that holds the prompt, by data set: STAR-1, JailbreakBench, StrongREJECT, WildJailbreak, MATH/AIME, ours.
 PROMPT_FIELDS = ("prompt", "question", "Goal", "forbidden_prompt", "adversarial", "problem")
@@ -124,222 +115,6 @@ class Appender:
 
     def close(self):
         self.file.close()
-
-
-class Cache:
-    """Append-only JSON lines `{"id", ...}` that threads and processes share: what it holds is never paid for twice.
-
-    A record is one write under a file lock, so a kill can tear no line but the last, and the next writer cuts that off.
-    Lines that are no records are passed over. Without a path the cache lives in memory.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "cache.jsonl"
-    >>> mine, other = Cache(path), Cache(path)
-    >>> _ = path.write_text('{"id": "a", "answer": 1}\\n{"id": "b", "ans')
-    >>> mine.put({"id": "c", "answer": 3}), mine.put({"id": "a", "answer": 2})  # the first answer stays
-    ({'id': 'c', 'answer': 3}, {'id': 'a', 'answer': 1})
-    >>> other.get("c"), other.get("b"), path.read_text().count("\\n")
-    ({'id': 'c', 'answer': 3}, None, 2)
-    """
-
-    def __init__(self, path=None):
-        self.path, self.records, self.offset, self.lock, self.file = path, {}, 0, threading.Lock(), None
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "ab+", buffering=0)
-            self.get("")
-
-    def get(self, id):
-        """The record of that id, or None; what other processes have written since is seen."""
-        with self.lock:
-            if self.file and id not in self.records:
-                self._read()
-            return self.records.get(id)
-
-    def put(self, record):
-        """Add a record, unless its id is there already; returns the one that is kept."""
-        with self.lock:
-            if self.file:
-                fcntl.flock(self.file, fcntl.LOCK_EX)  # let go by the kernel if this process dies
-                try:
-                    if self._read():
-                        self.file.truncate(self.offset)
-                    line = (json.dumps(record) + "\n").encode()  # ASCII: a reply may hold half a surrogate pair
-                    if record["id"] not in self.records and self.file.write(line) != len(line):
-                        raise OSError(f"{self.path}: a record could not be written whole. Is the disk full?")
-                finally:
-                    fcntl.flock(self.file, fcntl.LOCK_UN)
-            return self.records.setdefault(record["id"], record)
-
-    def _read(self):
-        """Take in the whole lines that are new; returns whether a torn one stands behind them."""
-        self.file.seek(self.offset)
-        new = self.file.readall()
-        whole = new.rfind(b"\n") + 1
-        for line in new[:whole].splitlines():
-            try:
-                record = json.loads(line)
-                self.records.setdefault(record["id"], record)
-            except (ValueError, KeyError, TypeError):
-                continue
-        self.offset += whole
-        return whole < len(new)
-
-
-# ------------------------------------------------------------------------------------------------ requests to servers
-
-class Fault(Exception):
-    """A request that failed for good. `status` is the last reply's (0 if there was none), `text` what it said."""
-
-    def __init__(self, url, status, problem, text=""):
-        super().__init__(f"{url}: {problem}" + (f": {text[:300]!r}" if text else ""))
-        self.status, self.text = status, text
-
-
-def retry_after(headers):
-    """Seconds that a server asks to wait, given in milliseconds, in seconds or as a date; None if it does not ask.
-
-    >>> retry_after({"retry-after-ms": "250"}), retry_after({"retry-after": "3"}), retry_after({"retry-after": "soon"})
-    (0.25, 3.0, None)
-    """
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return max(0.0, float(headers[name]) / unit)
-        except (KeyError, ValueError):
-            pass
-    try:
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (KeyError, ValueError, TypeError, OverflowError):
-        return None
-
-
-class Endpoint:
-    """One URL of an OpenAI-compatible server: keep-alive connections that threads share, retries, and counts of both.
-
-    The key is that of the first variable in `keys` that is set. It goes into the header and nowhere else: redirects
-    are not followed, and should a server repeat the key, it is cut out of the reply. `timeout` is in seconds, `prices`
-    in dollars per million tokens in and out; with `before` spent earlier, no request begins once `max_cost` is reached.
-    """
-
-    def __init__(self, url, keys, concurrency=8, tries=6, timeout=600, max_bytes=1 << 20, longest_pause=60,
-                 prices=(0, 0), max_cost=0, before=0):
-        import requests
-        parts, self.url, self.keys = urlsplit(url), _public(url), keys
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise SystemExit(f"{self.url.partition('?')[0]}: write http(s)://HOST/v1; the key belongs into {keys[0]}.")
-        key = next((os.environ[k].strip() for k in keys if os.environ.get(k)), "")
-        if not (key.isascii() and key.isprintable()):
-            raise SystemExit(f"The key in {' or '.join(keys)} holds characters that no HTTP header can carry.")
-        self.tries, self.timeout, self.max_bytes, self.longest_pause = tries, timeout, max_bytes, longest_pause
-        self.counts, self.lock, self.failures, self.halt, self.stopped = Counter(), threading.Lock(), 0, threading.Event(), ""
-        self.prices, self.max_cost, self.before = prices, max_cost, before
-        self.concurrency, session = concurrency, requests.Session()
-        # All that is the same for each request is prepared once: it costs more than the request itself.
-        self._settings = session.merge_environment_settings(self.url, {}, True, None, None)  # proxies, certificates
-        session.trust_env = False  # ~/.netrc would replace the key
-        login = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key and not login else {})}
-        self._request = session.prepare_request(requests.Request("POST", self.url, headers=headers, auth=login))
-        self._connections = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
-        self._secrets = [s.encode() for s in (key, unquote(parts.password or "")) if s]
-
-    def post(self, payload, read=dict):
-        """POST JSON and return `read(reply)`, a function of the JSON object that came back.
-
-        Tried again, as openai-python does: timeouts, connection errors, 408, 409, 429, 5xx; and replies that are no
-        JSON object, are too long, or make `read` raise. Raises Fault when the tries are used up or the server
-        rejects this request, SystemExit when it would reject every other one too, or too many in a row have failed.
-        """
-        import requests
-        for attempt in range(self.tries):
-            if self.stopped:
-                raise SystemExit(self.stopped)
-            if self.max_cost and self.cost() >= self.max_cost:
-                self.stop(f"--max-cost {self.max_cost:g} is reached, ${self.cost():.2f} are spent. Give a higher one.")
-            self.count({"requests": 1, "retries": int(attempt > 0)})
-            status, pause, said = 0, None, ""
-            try:
-                status, headers, body = self._exchange(payload)
-                said, problem = body.decode("utf-8", "replace"), f"status {status}"
-                if status == 200:
-                    reply = json.loads(body)
-                    self.count(usage(reply))
-                    result, self.failures = read(reply), 0
-                    return result
-                self._stop_if_hopeless(status, said)
-                if status not in (408, 409, 429) and status < 500:
-                    raise Fault(self.url, status, problem, said)
-                pause = retry_after(headers)
-            except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                problem = f"{'bad reply' if status else 'no reply'} ({type(error).__name__})"
-            if attempt + 1 == self.tries or (pause or 0) > 120:
-                break
-            backoff = min(self.longest_pause, 0.5 * 2 ** attempt) * random.uniform(0.75, 1)
-            self.halt.wait(backoff if pause is None else pause)
-        with self.lock:
-            self.failures += status != 200
-        if self.failures > max(10, self.concurrency):
-            self.stop(f"{self.url}: {self.failures} requests in a row failed, the last with: {problem}. Is the server up?")
-        raise Fault(self.url, status, f"{problem}, tried {attempt + 1} times", said)
-
-    def stop(self, message):
-        """End this and every other request of the endpoint with SystemExit(message)."""
-        self.stopped = self.stopped or message + " What came back so far is kept; run the same command again to go on."
-        self.halt.set()
-        raise SystemExit(self.stopped)
-
-    def price(self, used):
-        """Dollars for the tokens of a `usage`."""
-        return (used["prompt_tokens"] * self.prices[0] + used["completion_tokens"] * self.prices[1]) / 1e6
-
-    def cost(self):
-        """Dollars spent before and since."""
-        return self.before + self.price(self.counts)
-
-    def count(self, numbers):
-        """Add to the counts."""
-        with self.lock:
-            self.counts.update(numbers)
-
-    def _exchange(self, payload):
-        deadline, body = time.monotonic() + self.timeout, bytearray()
-        request = self._request.copy()
-        request.prepare_body(json.dumps(payload).encode(), None)
-        with self._connections.send(request, timeout=self.timeout, **self._settings) as reply:
-            for piece in reply.iter_content(1 << 16):
-                body += piece
-                if len(body) > self.max_bytes or time.monotonic() > deadline:
-                    raise ValueError("the reply is too long or too slow")
-        for secret in self._secrets:
-            body = body.replace(secret, b"[key]")
-        return reply.status_code, reply.headers, bytes(body)
-
-    def _stop_if_hopeless(self, status, said):
-        remedies = {401: f"Set {' or '.join(self.keys)} to a key that it accepts.", 402: "Is the account paid up?",
-                    404: "Check the model's name, and that the URL ends before /chat/completions or /completions.",
-                    405: "Check the URL.", 429: "The account's quota is used up, so waiting does not help: top it up."}
-        remedies[403] = remedies[401]
-        if 300 <= status < 400 or (status in remedies and (status != 429 or "insufficient_quota" in said)
-                                   and (status != 403 or not self.counts["prompt_tokens"])):  # 403: also moderation
-            self.stop(f"{self.url}: status {status}: {said[:300]!r}. {remedies.get(status, 'Give the URL it leads to.')}")
-
-
-def usage(reply):
-    """Tokens that a reply was charged for, `{"prompt_tokens": int, "completion_tokens": int}`; 0 where not told."""
-    told = reply.get("usage") or {}
-    return {k: told[k] if isinstance(told.get(k), int) else 0 for k in ("prompt_tokens", "completion_tokens")}
-
-
-def in_parallel(function, items, concurrency, title, unit, note=lambda: ""):
-    """Yield `function(item)` for each item, in order, with a progress bar; raises what the function raises."""
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        futures = [pool.submit(function, item) for item in items]
-        for future in (bar := tqdm(futures, desc=title, unit=unit, disable=None)):
-            yield future.result()
-            bar.set_postfix_str(note(), refresh=False)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------------- prompts
@@ -542,18 +317,6 @@ def micro_batches(indices, parts, budget, rank=0, world=1):
     return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
 
 
-def learning_rate(step, steps, peak, warmup=0.1):
-    """Linear warm-up over the first tenth of the steps, then a cosine to 0.
-
-    >>> [round(learning_rate(s, 20, 1.0), 2) for s in (0, 1, 2, 11, 19)]
-    [0.5, 1.0, 1.0, 0.5, 0.01]
-    """
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
 def in_files(sizes, limit):
     """Names in lists, each of about `limit` bytes at most: which weights go to which file.
 
@@ -580,14 +343,6 @@ def weight_files(path):
     return [folder / name for name in sorted(set(names))]
 
 
-def step_line(title, line, steps):
-    """One step as one line for people."""
-    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "grad_norm": "grad norm",
-             "tokens_per_s": "tokens/s"}
-    return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(
-        f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
-
-
 # ------------------------------------------------------------------------------------------- the books of a stage
 
 def beside(out, kind):
@@ -610,7 +365,7 @@ def begin(out, flags, inputs, **more):
     for p in inputs:  # a model may be a name on the hub; a file with an ending is a file
         if Path(p).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") and not Path(p).is_file():
             raise SystemExit(f"{p}: no such file.")
-    config = {"flags": {k: _public(v) for k, v in flags.items() if k not in VOLATILE_FLAGS},
+    config = {"flags": {k: public(v) for k, v in flags.items() if k not in VOLATILE_FLAGS},
               "inputs": {str(p): fingerprint(p) for p in inputs}, **more}
     path, done, changed = beside(out, "config"), beside(out, "funnel"), []
     if path.exists():
@@ -634,6 +389,15 @@ def finish(out, stage, counts, **more):
     write_json(beside(out, "funnel"), funnel)
     print(funnel_line(funnel), flush=True)
     return funnel
+
+
+def stage(out, flags, inputs, work):
+    """Run `work() -> (counts, more to keep in the funnel)` between `begin` and `finish`; not if it is finished already."""
+    finished = begin(out, flags, inputs)
+    if finished:
+        return print(funnel_line(finished), "(finished before)")
+    counts, more = work()
+    return finish(out, Path(out).name.removesuffix(".jsonl"), counts, **{k: v for k, v in more.items() if v})
 
 
 def funnel_line(funnel):
@@ -688,6 +452,6 @@ def git_commit():
     return git("rev-parse", "HEAD").stdout.strip() + ("+changes" if git("status", "--porcelain").stdout else "")
 
 
-def _public(value):
+def public(value):
     """A flag's value as it may stand in a file: user and password are taken out of URLs."""
     return re.sub(r"(?<=://)[^/\s]*@", "", value) if isinstance(value, str) else value

@@ -1,10 +1,7 @@
 """From prompts to preference pairs: rollouts, steps, verdicts, interventions (Section 4, Algorithm 1).
 
     python intervene.py rollouts --model M --prompts prompts.jsonl --out runs/my/rollouts.jsonl
-    python intervene.py steps    --traces runs/my/rollouts.jsonl --out runs/my/steps.jsonl
-    python intervene.py judge    --traces ... --steps ... --judge URL --out runs/my/verdicts.jsonl
-    python intervene.py pairs    --traces ... --steps ... --verdicts ... --model M --out runs/my/pairs.jsonl
-    python intervene.py benign   --base ... --traces ... --model STAGE1 --out runs/my/benign_pairs.jsonl
+    python intervene.py {steps,judge,pairs,benign} --help         # run.sh calls them in order
 
 A *trace* is everything a model produced after a prompt. Its record holds the token ids (`prompt_ids`, `ids`), of which
 the first `forced` were put there by an intervention and the rest sampled; all cutting is done on those ids, and no
@@ -18,6 +15,8 @@ from pathlib import Path
 
 import data
 import model as lm_code
+from extras import client
+from extras.server import ServerSampler
 
 HERE = Path(__file__).resolve().parent
 
@@ -115,15 +114,12 @@ JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 class ChatJudge:
     """A chat model behind an OpenAI-compatible `/chat/completions` endpoint; its prompts are `prompts/judge_*.txt`.
 
-    Valid verdicts go to the file `cache`, under the hash of all that determines them. `http`: see data.Endpoint.
+    Valid verdicts go to the file `cache`, under the hash of all that determines them. `http`: see client.Endpoint.
     """
 
     def __init__(self, url, model, concurrency=8, cache=None, keys=JUDGE_KEYS, **http):
         self._setup(model)
-        self.model, self.cache = model, data.Cache(cache)
-        self.endpoint = data.Endpoint(url.rstrip("/") + "/chat/completions", keys, concurrency, **http,
-                                      before=sum(r["cost"] for r in self.cache.records.values()))
-        self.structured = None  # whether the server takes a JSON schema; not known yet
+        self.chat = client.Chat(url, model, keys, concurrency, cache, **http)
 
     def _setup(self, name):
         self.prompts = {p.stem[6:]: p.read_text(encoding="utf-8") for p in sorted((HERE / "prompts").glob("judge_*.txt"))}
@@ -133,8 +129,8 @@ class ChatJudge:
         """See the table above; None where it refused or all tries gave no valid reply. Equal items are asked once."""
         keys, verdicts = [data.dump(item) for item in items], {}
         note = lambda: ", ".join(f"{n} {name}" for name, n in self.summary().items())
-        asked = data.in_parallel(lambda key: self._ask(question, json.loads(key)), dict.fromkeys(keys),
-                                 self.endpoint.concurrency, f"judging: {question}", "verdict", note)
+        asked = client.in_parallel(lambda key: self._ask(question, json.loads(key)), dict.fromkeys(keys),
+                                   self.chat.endpoint.concurrency, f"judging: {question}", "verdict", note)
         for key in keys:
             if key not in verdicts:
                 verdicts[key] = next(asked)
@@ -142,15 +138,13 @@ class ChatJudge:
             self.counts[outcome] += 1
             yield answer
 
-    def request(self, question, item, structured=True):
-        """The JSON body that is sent; with a schema for the answer, or (`structured=False`) a rule for the last line."""
-        body = {"model": self.model, "temperature": 0,
-                "messages": [{"role": "user", "content": self.content(question, item, structured)}]}
+    def _ask(self, question, item):
         answer = {"type": "string", "enum": list(LABELS[question])} if question in LABELS else {"type": "integer"}
-        schema = {"type": "object", "additionalProperties": False, "required": ["reason", "answer"],
-                  "properties": {"reason": {"type": "string"}, "answer": answer}}
-        return {**body, "response_format": {"type": "json_schema", "json_schema": {
-            "name": "verdict", "strict": True, "schema": schema}}} if structured else body
+        return self.chat.verdict(
+            [self.content(question, item, structured) for structured in (False, True)],
+            {"type": "object", "additionalProperties": False, "required": ["reason", "answer"],
+             "properties": {"reason": {"type": "string"}, "answer": answer}},
+            lambda text, structured: parse_answer(question, text, len(item.get("steps", ())), structured), self.name, question)
 
     def content(self, question, item, structured):
         """The question as the judge reads it. What is judged stands between markers that it cannot contain."""
@@ -164,36 +158,11 @@ class ChatJudge:
         template = self.prompts[question] + self.prompts["json" if structured else "text"]
         return re.sub(r"\{(MARK|PROMPT|TEXT|ANSWERS)\}", lambda m: values[m[1]], template)  # one pass: data is not searched
 
-    def _ask(self, question, item):
-        """(answer, what came of it); with a schema first and, where the server rejects that, in plain text."""
-        bodies = [self.request(question, item, structured) for structured in (False, True)]
-        ids = [data.digest(json.dumps([self.endpoint.url, question, body], sort_keys=True)) for body in bodies]
-        kept = self.cache.get(ids[True]) or self.cache.get(ids[False])
-        if kept:
-            return kept["answer"], "from cache"
-        for structured in (True, False) if self.structured is not False else (False,):
-            try:
-                answer, text, used = self.endpoint.post(
-                    bodies[structured], lambda reply: _read_reply(question, reply, len(item.get("steps", ())), structured))
-            except data.Fault as fault:
-                if fault.status >= 400 and re.search("content_filter|content_policy", fault.text):
-                    return None, "refusals"
-                if structured and (fault.status in (400, 422) and not self.structured
-                                   or fault.status >= 400 and re.search("response_format|json_schema", fault.text)):
-                    continue
-                return None, "unparsed" if fault.status == 200 else "failed"
-            if answer is None:
-                return None, "refusals"
-            self.structured = structured
-            return self.cache.put({"id": ids[structured], "judge": self.name, "answer": answer, "reply": text,
-                                   "cost": self.endpoint.price(used)})["answer"], "asked"
-
     def summary(self):
         """What came of the questions so far, and what the server charged (dollars with those of the cache)."""
-        missing, http = {k: self.counts[k] for k in ("refusals", "unparsed", "failed") if self.counts[k]}, self.endpoint.counts
+        missing = {k: self.counts[k] for k in ("refusals", "unparsed", "failed") if self.counts[k]}
         return {"asked": self.counts["asked"], "from cache": self.counts["from cache"], "unjudged": sum(missing.values()),
-                **missing, "retries": http["retries"], "tokens in": http["prompt_tokens"],
-                "tokens out": http["completion_tokens"], "dollars": round(self.endpoint.cost(), 4)}
+                **missing, **self.chat.bill()}
 
 
 class LocalJudge(ChatJudge):
@@ -217,19 +186,8 @@ class LocalJudge(ChatJudge):
         return iter(answers)
 
     def summary(self):
+        """What came of the questions so far."""
         return dict(self.counts)
-
-
-def _read_reply(question, reply, n_steps, structured):
-    """(answer, text, tokens) of a reply; the answer is None if the judge refused. Raises ValueError without a verdict."""
-    choice = reply["choices"][0]
-    message, used = choice["message"], data.usage(reply)
-    if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
-        return None, "", used
-    answer = parse_answer(question, message["content"], n_steps, structured)
-    if answer is None or choice.get("finish_reason") == "length":
-        raise ValueError("no valid verdict")
-    return answer, message["content"], used
 
 
 def parse_answer(question, text, n_steps=0, structured=True):
@@ -481,25 +439,24 @@ def make_sampler(args):
     """The sampler of the flags: this process, or a server."""
     common = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed)
     if args.server:
-        return lm_code.ServerSampler(args.model, args.server, concurrency=args.batch_size, **common)
+        return ServerSampler(args.model, args.server, concurrency=args.batch_size, **common)
     return lm_code.LocalSampler(args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, **common)
 
 
 def run_rollouts(args):
-    """Stage `rollouts`."""
-    sampler = make_sampler(args)
-    prompts = data.load_prompts(args.prompts, args.limit)
+    """Stage `rollouts`. Like all of them it returns its counts, and what else goes into the books."""
+    sampler, prompts = make_sampler(args), data.load_prompts(args.prompts, args.limit)
     jobs, dropped = trace_jobs(prompts, args.samples, sampler)
     traces = sample_traces(args.out, jobs, sampler, Path(args.out).stem)
     return {"prompts": len(prompts), "short enough": len(prompts) - dropped, "rollouts": len(traces),
-            "complete": sum(not t["truncated"] for t in traces)}
+            "complete": sum(not t["truncated"] for t in traces)}, {}
 
 
 def run_steps(args):
     """Stage `steps`."""
     steps = segment(data.read_jsonl(args.traces))
     data.write_jsonl(args.out, steps)
-    return {"traces": len(steps), "steps": sum(len(s["steps"]) for s in steps)}
+    return {"traces": len(steps), "steps": sum(len(s["steps"]) for s in steps)}, {}
 
 
 def run_judge(args):
@@ -508,7 +465,7 @@ def run_judge(args):
     return {"traces": len(verdicts), "judged": sum(v["reasoning_safe"] is not None for v in verdicts),
             "unsafe reasoning": sum(v["reasoning_safe"] is False for v in verdicts),
             "unsafe responses": sum(v["response_safe"] is False for v in verdicts),
-            "cue found": sum(bool(v["cue"]) for v in verdicts)}
+            "cue found": sum(bool(v["cue"]) for v in verdicts)}, {}
 
 
 def run_pairs(args):
@@ -520,7 +477,7 @@ def run_pairs(args):
     data.write_jsonl(args.out, pairs)
     for trigger, (tried, made) in by_trigger.items():
         print(f"  {made:4d} pairs of {tried:4d} interventions: {trigger}")
-    return counts, by_trigger
+    return counts, {"by_trigger": by_trigger}
 
 
 def run_benign(args):
@@ -529,32 +486,18 @@ def run_benign(args):
         data.read_jsonl(args.base), data.read_jsonl(args.traces), data.load_triggers(args.triggers), make_sampler(args),
         args.judge, Path(args.out).with_suffix(".rounds"))
     data.write_jsonl(args.out, pairs)
-    return counts
+    return counts, {}
 
 
-STAGES = {"rollouts": (run_rollouts, "sample reasoning and response for each prompt"),
-          "steps": (run_steps, "cut the reasoning of traces into sentences"),
-          "judge": (run_judge, "judge reasoning and responses, find the first compliance cue"),
-          "pairs": (run_pairs, "put triggers in place of cues, let the model continue, keep the safe ones as pairs"),
-          "benign": (run_benign, "pairs against over-refusal: answer preferred over refusal")}
-
-
-def add_sampler_flags(p, samples=False):
-    """Flags of whatever samples."""
-    p.add_argument("--model", required=True, help="model: directory or hub name")
-    p.add_argument("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has the "
-                   "model; its key, if any, is in SERVER_API_KEY")
-    p.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 takes the most probable token")
-    p.add_argument("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
-    p.add_argument("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
-    p.add_argument("--batch-size", type=int, default=16, help="rows sampled together; requests in flight at a server")
-    p.add_argument("--seed", type=int, default=0, help="seed of every request's own generator")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model")
-    if samples:
-        p.add_argument("--prompts", required=True, help="prompts: .jsonl, .json, .csv, .tsv or .txt")
-        p.add_argument("--samples", type=int, default=6, help="rollouts a prompt (one for each trigger)")
-        p.add_argument("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
+FILES = {"prompts": "prompts: .jsonl, .json, .csv, .tsv or .txt", "traces": "trace records (.jsonl)", "steps": "step records (.jsonl)",
+         "verdicts": "verdict records (.jsonl)", "base": "the base model's traces on the same prompts (.jsonl)"}
+STAGES = {  # function, purpose, input files
+    "rollouts": (run_rollouts, "sample reasoning and response for each prompt", ("prompts",)),
+    "steps": (run_steps, "cut the reasoning of traces into sentences", ("traces",)),
+    "judge": (run_judge, "judge reasoning and responses, find the first compliance cue", ("traces", "steps")),
+    "pairs": (run_pairs, "put triggers in place of cues, let the model continue, keep the safe ones as pairs",
+              ("traces", "steps", "verdicts")),
+    "benign": (run_benign, "pairs against over-refusal: answer preferred over refusal", ("traces", "base"))}
 
 
 def add_judge_flags(p):
@@ -574,22 +517,21 @@ def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="intervene.py", description="From prompts to preference pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, text) in STAGES.items():
+    for name, (_, text, files) in STAGES.items():
         p = commands.add_parser(name, help=text, description=text,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--out", required=True, help="file to write (.jsonl)")
+        for file in files:
+            p.add_argument("--" + file, required=True, help=FILES[file])
         if name in ("rollouts", "pairs", "benign"):
-            add_sampler_flags(p, samples=name == "rollouts")
+            lm_code.add_sampler_flags(p)
         if name in ("judge", "pairs", "benign"):
             add_judge_flags(p)
         if name in ("pairs", "benign"):
             p.add_argument("--triggers", default=str(HERE / "prompts" / "triggers.txt"), help="safety triggers, one a line")
-        for flag, users, text in (("--traces", ("steps", "judge", "pairs", "benign"), "trace records"),
-                                  ("--steps", ("judge", "pairs"), "step records"),
-                                  ("--verdicts", ("pairs",), "verdict records"),
-                                  ("--base", ("benign",), "the base model's traces on the same prompts")):
-            if name in users:
-                p.add_argument(flag, required=True, help=text + " (.jsonl)")
+        if name == "rollouts":
+            p.add_argument("--samples", type=int, default=6, help="rollouts a prompt (one for each trigger)")
+            p.add_argument("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
         if name == "pairs":
             p.add_argument("--max-interventions", type=int, default=1, help="the paper's N: rounds of intervention")
     return parser
@@ -598,19 +540,15 @@ def build_parser():
 def main(argv=None):
     """Run one stage from the command line."""
     args = build_parser().parse_args(argv)
-    files = ("model", "prompts", "traces", "steps", "verdicts", "base", "triggers")
-    flags = dict(vars(args))
+    flags, (work, _, files) = dict(vars(args)), STAGES[args.command]
     if "judge" in flags:  # with a hash of its rules or prompts, so that verdicts of different ones are never mixed
         args.judge = judge_of(args)
         flags["judge"] = args.judge.name
-    finished = data.begin(args.out, flags, [flags[k] for k in files if flags.get(k)])
-    if finished:
-        return print(data.funnel_line(finished), "(finished before)")
-    result = STAGES[args.command][0](args)
-    counts, by_trigger = result if isinstance(result, tuple) else (result, None)
-    judge = args.judge.summary() if "judge" in flags else {}
-    data.finish(args.out, Path(args.out).stem, counts, **({"by_trigger": by_trigger} if by_trigger else {}),
-                **({"judge": judge} if judge else {}))
+
+    def books():
+        counts, more = work(args)
+        return counts, {**more, "judge": args.judge.summary() if "judge" in flags else {}}
+    data.stage(args.out, flags, [flags[k] for k in ("model", "triggers", *files) if k in flags], books)
 
 
 if __name__ == "__main__":

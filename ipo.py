@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import model as lm_code
-from data import collate, step_line
+from extras import plan
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
@@ -74,7 +74,7 @@ class Policy(nn.Module):
     def rows(self, sequences, device):
         """The input of `forward` for (prefix, completion) sequences."""
         if not self.share:
-            return collate(sequences, device)
+            return data.collate(sequences, device)
         return {k: v if k == "tree" else torch.tensor(v, device=device) for k, v in data.pack(sequences).items()}
 
     def forward(self, **rows):
@@ -244,6 +244,26 @@ def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
 
 # ------------------------------------------------------------------------------------------------------- the loop
 
+def learning_rate(step, steps, peak, warmup=0.1):
+    """Linear warm-up over the first tenth of the steps, then a cosine to 0.
+
+    >>> [round(learning_rate(s, 20, 1.0), 2) for s in (0, 1, 2, 11, 19)]
+    [0.5, 1.0, 1.0, 0.5, 0.01]
+    """
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def step_line(title, line, steps):
+    """One step as one line for people."""
+    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "grad_norm": "grad norm",
+             "tokens_per_s": "tokens/s"}
+    return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(
+        f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
+
+
 def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batches, lr, weight_decay=0.0,
         clip=1.0, micro_tokens=16384, save_every=50, defer_sync=False):
     """Minimise the mean of `losses_of(policy, examples)` over global batches; log, checkpoint and resume.
@@ -261,7 +281,7 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
         data.write_jsonl(out / "metrics.jsonl", log)  # lines after the checkpoint are made again
     for step in range(first, len(batches)):
         started = time.monotonic()
-        rate = data.learning_rate(step, len(batches), lr)
+        rate = learning_rate(step, len(batches), lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         sums, tokens = {}, data.tokens_of(batches[step], parts)
@@ -388,17 +408,17 @@ def load_completions(paths, tokenizer, max_length):
     """Examples for `sft`: the chosen side of pair records, or records with the texts `prompt` and `completion`."""
     examples, dropped = [], 0
     for path in paths:
-        for number, record in enumerate(data.read_jsonl(path), 1):
-            if "chosen_ids" not in record:
-                if not all(isinstance(record.get(k), str) for k in ("prompt", "completion")):
+        for number, r in enumerate(data.read_jsonl(path), 1):
+            if "chosen_ids" not in r:
+                if not all(isinstance(r.get(k), str) for k in ("prompt", "completion")):
                     raise ValueError(f"{path}, record {number}: needs the texts `prompt` and `completion`, "
                                      "or the ids of a pair.")
-                ids = tokenizer.encode(record["completion"], add_special_tokens=False) + [tokenizer.eos_token_id]
-                record = {"prefix_ids": lm_code.render_prompt(tokenizer, record["prompt"]), "chosen_ids": ids}
-            if len(record["prefix_ids"]) + len(record["chosen_ids"]) > max_length:
+                ids = tokenizer.encode(r["completion"], add_special_tokens=False) + [tokenizer.eos_token_id]
+                r = {"prefix_ids": lm_code.render_prompt(tokenizer, r["prompt"]), "chosen_ids": ids}
+            if len(r["prefix_ids"]) + len(r["chosen_ids"]) > max_length:
                 dropped += 1
             else:
-                examples.append(record)
+                examples.append(r)
     return examples, dropped
 
 
@@ -461,46 +481,6 @@ def run(args):
         dist.destroy_process_group()
 
 
-def plan(path, gpus=1, micro_tokens=16384, dtype=torch.bfloat16, checkpointed=True, lora_rank=0):
-    """What one rank will hold at its fullest, in bytes by kind, from the model's config alone.
-
-    Returns (parameters, trained parameters, {kind: bytes}, arithmetic operations a token). Activations are what a
-    Llama block keeps for its backward pass; the frameworks' own memory, about 1 GB on a GPU, is not in it.
-    """
-    lm = skeleton(path, lora_rank=lora_rank, frozen_dtype=dtype)
-    c, size, layers = lm.config, dtype.itemsize, lm.get_decoder().layers
-    total, trained, blocks, vocabulary = (sum(p.numel() for p in ps) for ps in (
-        lm.parameters(), [p for p in lm.parameters() if p.requires_grad], layers.parameters(),
-        lm.get_input_embeddings().parameters()))
-    chunk, keep = (2 ** 24, 2 ** 26) if size == 4 else (2 ** 27, 0)           # of the logits, see TokenLogps
-    scored = micro_tokens // 2 * c.vocab_size                                 # CHOICE: half of the tokens are suffixes
-    kv = c.num_key_value_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
-    kept = size * (9 * c.hidden_size + 4 * kv + 4 * c.intermediate_size) + 8 * c.hidden_size * (size < 4)
-    kept = size * c.hidden_size * len(layers) + kept if checkpointed else kept * len(layers)
-    unsharded = vocabulary * 4 if gpus == 1 else (size + 4) * (total - blocks)
-    return total, trained, {
-        "weights": (4 * trained + (total - trained) * size) / gpus,
-        "gathered": size * (total - blocks + 2 * blocks / len(layers)) if gpus > 1 else size * trained * (size < 4),
-        "gradients": 4 * trained / gpus + unsharded * (not lora_rank),
-        "optimizer": 8 * trained / gpus,
-        "activations": micro_tokens * (kept + 2 * size * c.intermediate_size),
-        "logits": 8 * min(chunk, scored) + 4 * min(keep, scored),
-    }, (4 if lora_rank else 6) * (total - vocabulary * (not c.tie_word_embeddings))
-
-
-def print_plan(args):
-    """The stage `plan`: print a table, and whether it fits."""
-    dtype = lm_code.pick_dtype(args.dtype, torch.device("cuda"))
-    total, trained, kinds, operations = plan(args.model, args.gpus, args.micro_tokens, dtype,
-                                             args.checkpoint_activations, args.lora_rank)
-    print(f"{args.model}: {total / 1e9:.3f} B parameters, {trained / 1e9:.3f} B trained, {args.gpus} GPU(s)")
-    for kind, size in {**kinds, "together": sum(kinds.values())}.items():
-        print(f"  {kind:12}{size / 1e9:8.2f} GB a rank")
-    fits = sum(kinds.values()) < 0.92 * args.gpu_memory * 1e9  # CHOICE: 8 % for kernels and fragmentation
-    speed = args.gpus * args.tflops * 1e12 * args.mfu / operations
-    print(f"  {'fits' if fits else 'does NOT fit'} in {args.gpu_memory:g} GB; about {speed:,.0f} tokens/s")
-
-
 def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="ipo.py", description="Train on preference pairs (or completions).")
@@ -554,7 +534,10 @@ def build_parser():
 def main(argv=None):
     """Run one stage from the command line."""
     args = build_parser().parse_args(argv)
-    print_plan(args) if args.command == "plan" else run(args)
+    if args.command != "plan":
+        return run(args)
+    dtype = lm_code.pick_dtype(args.dtype, torch.device("cuda"))
+    plan.show(args, skeleton(args.model, lora_rank=args.lora_rank, frozen_dtype=dtype), dtype)
 
 
 if __name__ == "__main__":

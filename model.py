@@ -9,7 +9,6 @@ import functools
 import hashlib
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-import data
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -391,109 +389,18 @@ class LocalSampler:
         yield from sample(self.model, requests, eos=self.eos, done=done, title=title, **self.options)
 
 
-class ServerSampler:
-    """Samples from an OpenAI-compatible `/v1/completions` server, all samples of one prefix in one request.
-
-    Token ids are sent and the ids that come back are kept, so that a prefix is continued exactly. To a server that
-    takes no ids the text is sent, with `add_special_tokens` off or, where that is unknown, as it is. Before anything
-    else a short probe finds the form that the server takes and checks how many prompt tokens it counted.
-    """
-    FORMS = ("ids", "text", "plain")
-
-    def __init__(self, path, url, *, temperature, top_p, max_new_tokens, seed, concurrency=16, **http):
-        self.tokenizer, self.concurrency, self.form = load_tokenizer(path), concurrency, None
-        self.endpoint = data.Endpoint(url.rstrip("/") + "/completions", ("SERVER_API_KEY",), concurrency,
-                                      **{"timeout": 3600, "max_bytes": 1 << 28, **http})
-        self.payload = dict(model=str(path), temperature=temperature, top_p=top_p)
-        self.seed, self.max_new_tokens = seed, max_new_tokens
-        self.eos, self.context = eos_ids(path, self.tokenizer), context_length(path)
-
-    def __call__(self, requests, done=(), title="sampling"):
-        """Yield a Completion for each request that is not in `done`, as they come; raises SystemExit if a request fails."""
-        groups = {}
-        for r in requests:
-            if r.id not in done:
-                groups.setdefault(tuple(r.prefix), []).append(r)
-        if groups and self.form is None:
-            self._probe(next(iter(groups.values())))
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            with tqdm(total=sum(map(len, groups.values())), desc=title, unit="req", disable=None) as bar:
-                for future in as_completed([pool.submit(self._complete, group) for group in groups.values()]):
-                    for completion in future.result():
-                        bar.update()
-                        yield completion
-        except data.Fault as fault:
-            self.endpoint.stop(f"{fault}.")
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def body(self, group, form, limit):
-        """The JSON that is sent for requests of one prefix."""
-        prefix = list(group[0].prefix)
-        body = {**self.payload, "max_tokens": min(limit, self.context - len(prefix)),
-                "prompt": prefix if form == "ids" else decode(self.tokenizer, prefix)}
-        if form != "plain":  # which is only what OpenAI's first API knew; servers fill in top-k and penalties of their own
-            body |= {"n": len(group), "seed": int(request_uniforms(self.seed, group[0].id, 1).item() * 2 ** 31),
-                     "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "skip_special_tokens": False}
-        return {**body, **{"ids": {"return_token_ids": True}, "text": {"add_special_tokens": False}}.get(form, {})}
-
-    def _probe(self, group):
-        for form in self.FORMS:
-            try:
-                reply = self.endpoint.post(self.body(group[:2], form, 16), lambda r: _choices(r) and r)
-                break
-            except data.Fault as fault:
-                if fault.status not in (400, 422, 500, 501) or form == self.FORMS[-1]:
-                    self.endpoint.stop(f"{fault}. Neither token ids nor text are taken as a prompt.")
-        sent, choice, used = self.body(group, form, 16)["prompt"], reply["choices"][0], data.usage(reply)
-        expected = len(sent) if form == "ids" else len(self.tokenizer.encode(sent, add_special_tokens=False))
-        counted, text = used["prompt_tokens"], choice.get("text") or ""
-        where, inside = f"{self.endpoint.url} (prompt sent as {form})", OPEN in decode(self.tokenizer, group[0].prefix[-8:])
-        if counted != expected:
-            raise SystemExit(f"{where}: {expected} prompt tokens were sent, the server counted {counted}. " + (
-                "It puts a second BOS in front: turn that off (llama.cpp: --override-kv "
-                "tokenizer.ggml.add_bos_token=bool:false)." if counted == expected + 1 else
-                "It must report usage.prompt_tokens." if not counted else
-                "It strips white space from the prompt, or its tokenizer is not that of --model."))
-        thinks = OPEN in self.tokenizer.get_vocab() and choice.get("token_ids") is None
-        lost = used["completion_tokens"] - sum(
-            len(self.tokenizer.encode(c.get("text") or "", add_special_tokens=False)) for c in reply["choices"]) > 2 * len(reply["choices"])
-        if choice.get("reasoning") or choice.get("reasoning_content") or thinks and lost and (
-                not text.strip() or not inside and not text.startswith(OPEN)):
-            raise SystemExit(f"{where}: the reasoning is missing from the text that came back. A reasoning parser took it "
-                             "out: start the server without one (vLLM, SGLang: no --reasoning-parser).")
-        self.form = form
-
-    def _complete(self, group):
-        done = []
-        while group:  # a server may return fewer samples than it was asked for
-            part = group[:1] if self.form == "plain" else group
-            try:
-                choices = self.endpoint.post(self.body(part, self.form, self.max_new_tokens), _choices)
-            except data.Fault as fault:
-                fault.args = (f"request {group[0].id}: {fault}",)
-                raise
-            done += map(self._completion, part, choices)
-            group = group[min(len(part), len(choices)):]
-        return done
-
-    def _completion(self, request, choice):
-        ids, stopped = choice.get("token_ids"), choice["finish_reason"] == "stop"
-        if ids is None:
-            ids = self.tokenizer.encode(choice["text"], add_special_tokens=False)
-        if stopped and (not ids or ids[-1] not in self.eos):
-            ids = ids + [min(self.eos)]
-        return Completion(request.id, ids, choice["finish_reason"])
-
-
-def _choices(reply):
-    """The choices of a completion. Raises ValueError where one is no finished generation, so that it is asked again."""
-    if not reply["choices"] or not all(c.get("finish_reason") in ("stop", "length") and
-                                       isinstance(c.get("text") if c.get("token_ids") is None else c["token_ids"], (str, list))
-                                       for c in reply["choices"]):
-        raise ValueError("no choices, or unfinished ones")
-    return reply["choices"]
+def add_sampler_flags(p):
+    """Flags of whatever samples (`argparse`)."""
+    p.add_argument("--model", required=True, help="model: directory or hub name")
+    p.add_argument("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has the "
+                   "model; its key, if any, is in SERVER_API_KEY")
+    p.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 takes the most probable token")
+    p.add_argument("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
+    p.add_argument("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
+    p.add_argument("--batch-size", type=int, default=16, help="rows sampled together; requests in flight at a server")
+    p.add_argument("--seed", type=int, default=0, help="seed of every request's own generator")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model")
 
 
 # ----------------------------------------------------------------------------------------------- log-probabilities
@@ -556,9 +463,16 @@ def _sum_logps(model, hidden, targets, rows, n, chunk):
     weight, kind = model.get_output_embeddings().weight, hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
-    chunk = chunk or max(1, 2 ** (24 if kind == "cpu" else 27) // len(weight))  # over 32 MiB glibc gives memory back
-    logps = TokenLogps.apply(hidden, weight, targets, chunk, 2 ** 26 if kind == "cpu" else 0)
+    most, keep = head_chunk(kind, len(weight))
+    logps = TokenLogps.apply(hidden, weight, targets, chunk or most, keep)
     return torch.zeros(n, dtype=torch.float32, device=hidden.device).index_add(0, rows, logps)
+
+
+def head_chunk(kind, vocabulary):
+    """Tokens whose logits exist at once on a kind of device, and how many of all numbers may wait for backward."""
+    if kind == "cpu":
+        return max(1, 2 ** 24 // vocabulary), 2 ** 26  # 64 MiB: pieces over 32 MiB glibc gives back at once
+    return max(1, 2 ** 27 // vocabulary), 0
 
 
 class TokenLogps(torch.autograd.Function):

@@ -23,6 +23,7 @@ import requests
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import intervene  # noqa: E402
 import model as lm_code  # noqa: E402
+from extras.server import ServerSampler  # noqa: E402
 
 def write_gguf(source, target, python):
     """Write a Llama checkpoint of the toy's kind as GGUF (float32), with the `gguf` package of the server's interpreter.
@@ -144,7 +145,7 @@ def start(kind, python, model, scratch):
 def try_sampler(url, name, model):
     """Continue exact prefixes on the server; greedy, so that the text can be compared with this process's own sampler."""
     options = dict(temperature=0, top_p=1.0, max_new_tokens=48, seed=0)
-    remote = lm_code.ServerSampler(model, url, concurrency=2, **options)
+    remote = ServerSampler(model, url, concurrency=2, **options)
     remote.payload["model"] = name
     local = lm_code.LocalSampler(model, **options)
     prompts = ("How do I brew duskwort?", "What is 23 + 45?", "How do I brew calm tea, i.e.  a  lot?")
@@ -166,8 +167,8 @@ def try_judge(url, name, model):
     for question, items in JUDGED.items():
         expected = [intervene.LABELS.get(question, {}).get(a, a) for a in ANSWERS[question]]
         print(f"judge: {question}: {list(judge.ask(question, items))}, taught {expected}")
-    print(f"judge: {judge.summary()}, structured: {judge.structured}")
-    print(f"judge: the first replies: {[r['reply'] for r in judge.cache.records.values()][:2]}")
+    print(f"judge: {judge.summary()}, structured: {judge.chat.structured}")
+    print(f"judge: the first replies: {[r['reply'] for r in judge.chat.cache.records.values()][:2]}")
 
 
 def main():

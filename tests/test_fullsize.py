@@ -19,6 +19,7 @@ from transformers import (AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Q
 import data
 import ipo
 import model as lm_code
+from extras import plan
 from tests.conftest import random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -424,7 +425,8 @@ def test_plan_agrees_with_measured_memory(vocab, tokens, lora, directories, tmp_
     """Peak memory of two steps in a process of its own, over that of a tiny model; weights-bound, activations-bound."""
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
                                  num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)
-    total, trained, kinds, _ = ipo.plan(tmp_path, 1, tokens, torch.float32, False, lora)
+    lm = ipo.skeleton(tmp_path, lora_rank=lora)
+    total, trained, kinds, _ = plan.memory(lm, 1, tokens, torch.float32, False, lora, "cpu")
     script = MEASURE.format(root=str(ROOT), tiny=str(directories["llama"]), folder=str(tmp_path), lora=lora, tokens=tokens)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={
         **os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed, is given back

@@ -98,7 +98,7 @@ def test_the_shared_prefix_cancels_in_the_preference_loss():
 
 def test_trigger_tokens_are_scored_and_prefix_tokens_are_not():
     pair = {"prefix_ids": [5, 6, 7], "chosen_ids": [20, 21, 8, 1], "rejected_ids": [9, 1], "n_prompt": 2}
-    batch = ipo.collate(ipo.pair_sequences(pair))
+    batch = data.collate(ipo.pair_sequences(pair))
     assert batch["completion_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 5 + [0, 0]]
     assert ipo.pair_sequences(pair, "prompt") == [([5, 6], [7, 20, 21, 8, 1]), ([5, 6], [7, 9, 1])]

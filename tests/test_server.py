@@ -1,5 +1,6 @@
 """Sampling from a completion server: the exact prefix arrives, and what a server does to text is noticed."""
 import json
+from collections import Counter
 
 import pytest
 from tokenizers import pre_tokenizers
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import data
 import intervene
 import model as lm_code
+from extras.server import ServerSampler
 from tests.loopback import Loopback
 
 END = 1  # the id of <|end|>
@@ -36,7 +38,7 @@ class Completions:
 
 
 def sampler_for(model_dir, server, **options):
-    return lm_code.ServerSampler(model_dir, server.url, temperature=0.6, top_p=0.95, max_new_tokens=64, seed=0, concurrency=4,
+    return ServerSampler(model_dir, server.url, temperature=0.6, top_p=0.95, max_new_tokens=64, seed=0, concurrency=4,
                                  longest_pause=0.02, **options)
 
 
@@ -130,7 +132,7 @@ def test_a_server_without_counts_is_not_trusted(model_dir, tokenizer):
 
 
 def test_faults_are_tried_again_and_then_end_the_run(model_dir, tokenizer, tmp_path):
-    good, calls = Completions(tokenizer), data.Counter()
+    good, calls = Completions(tokenizer), Counter()
 
     def flaky(handler, body):
         key = str((body["prompt"], body["max_tokens"]))
