@@ -486,3 +486,12 @@ def test_leaked_prompts_are_listed_without_their_text_and_dropped(tmp_path, caps
         with pytest.raises(SystemExit, match="none of the inputs|give a share|nosuch: no such file"):
             data.main(command + wrong)
     assert json.loads((tmp_path / "train.json").read_text()) == train
+
+
+def test_questions_of_gpqa_are_never_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sets.SETS, "gpqa-diamond", sets.SETS["gpqa-diamond"]._replace(rows=1))
+    (tmp_path / "gpqa_diamond.csv").write_bytes(table(["Question", *OPTIONS], [["Which moon is the palest one?", *"abcd"]]))
+    (tmp_path / "train.txt").write_text("Which moon is the palest one?\n")
+    data.main(["leakage", "--train", str(tmp_path / "train.txt"), "--data-dir", str(tmp_path), "--show"])
+    said = capsys.readouterr().out
+    assert "0 ~ 0: exact" in said and "palest" not in said
