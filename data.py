@@ -1,5 +1,8 @@
 """Files in, files out: prompts, JSONL records, the books of every stage, batches of pairs.
 
+    python data.py fetch jbb xstest math500                                 # published sets, see extras/sets.py
+    python data.py leakage --train star1 --drop-leaked clean.jsonl          # evaluation prompts among training prompts
+
 This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It reads prompt sets in the formats that
 safety research uses, lays pairs out in batches, and gives each stage three habits:
 
@@ -8,7 +11,7 @@ safety research uses, lays pairs out in batches, and gives each stage three habi
 * beside every output stand `NAME.config.json` (flags, input hashes, versions) and, once the stage is finished,
   `NAME.funnel.json` (what came in, what was dropped and why, what went out).
 """
-import csv
+import argparse
 import hashlib
 import json
 import os
@@ -38,20 +41,25 @@ def read_jsonl(path):
 
     Raises ValueError naming file, line and remedy when a line is not a JSON object.
     """
-    records = []
     with open(path, encoding="utf-8", newline="\n") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
-                                 "Each line must hold one JSON object; mend or delete that line.") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
-                                 'Write each record as {"id": ..., ...} on a line of its own.')
-            records.append(record)
+        return parse_jsonl(f, path)
+
+
+def parse_jsonl(lines, path):
+    """The objects of JSON lines that came from the file `path`; see `read_jsonl`."""
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
+                             "Each line must hold one JSON object; mend or delete that line.") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
+                             'Write each record as {"id": ..., ...} on a line of its own.')
+        records.append(record)
     return records
 
 
@@ -119,23 +127,46 @@ class Appender:
 
 # ------------------------------------------------------------------------------------------------------- prompts
 
-def load_prompts(path, limit=0):
-    """Read prompts from .jsonl, .json, .csv, .tsv or .txt (one a line) into `[{"id", "prompt", ...}]`.
+def load_prompts(name_or_path, limit=0, data_dir=None, column=None, template=None):
+    """Read a set of extras/sets.py by name, or a file of prompts, into `[{"id": str, "prompt": str, ...}]`.
 
-    The prompt's column is the first of PROMPT_FIELDS that the row has, so the published files of STAR-1,
-    JailbreakBench, StrongREJECT, WildJailbreak, XSTest, MATH and AIME load as they are; the other columns are kept.
-    `limit` > 0 keeps the first rows only. Raises ValueError (file, row, remedy) for a row without a prompt,
-    for an id that comes twice and for an empty file.
+    Sets are read from `data_dir` (see `prompts_path`), with the fields that extras/sets.py documents. A file is .jsonl,
+    .json, .csv, .tsv or .txt (one a line), also with .gz; its other columns are kept. Its prompt's column is `column`,
+    else the first of PROMPT_FIELDS that the row has, so published files load as they are. `template` is a jailbreak
+    template with {prompt} in it, for any set; the plain prompt is then kept as `goal`. CHOICE: none, because the
+    paper does not say which ones it used. `limit` > 0 keeps the first rows only. Raises ValueError (file, row or line,
+    remedy) for what cannot be read, a row without a prompt, an id that comes twice and an empty file.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file. Give a .jsonl, .json, .csv, .tsv or .txt file of prompts.")
+    from extras import sets
+    if template and "{prompt}" not in template:
+        raise ValueError(f"the template {template[:60]!r} has no {{prompt}} in it.")
+    path = prompts_path(name_or_path, data_dir)
+    if str(name_or_path) in sets.SETS:
+        prompts = sets.read(str(name_or_path), path)
+    else:
+        prompts = _read_prompts(path, (column,) if column else PROMPT_FIELDS)
+    if template:
+        prompts = [{**p, "goal": p["prompt"], "prompt": template.replace("{prompt}", p["prompt"])} for p in prompts]
+    return prompts[:limit] if limit else prompts
+
+
+def prompts_path(name_or_path, data_dir=None):
+    """The file that `load_prompts` reads: of a set, the one in `data_dir`, else in $IPO_DATA, else in ./data-sets."""
+    from extras import sets
+    if str(name_or_path) not in sets.SETS:
+        return Path(name_or_path)
+    # Not ./datasets: a folder of that name makes transformers believe that the package `datasets` is installed.
+    return Path(data_dir or os.environ.get("IPO_DATA") or "data-sets") / sets.SETS[str(name_or_path)].file
+
+
+def _read_prompts(path, fields):
+    from extras.files import read_rows
     prompts, seen = [], set()
-    for number, row in enumerate(_read_rows(path), 1):
-        field = next((f for f in PROMPT_FIELDS if isinstance(row.get(f), str) and row[f].strip()), None)
+    for number, row in enumerate(read_rows(path), 1):
+        field = next((f for f in fields if isinstance(row.get(f), str) and row[f].strip()), None)
         if field is None:
             raise ValueError(f"{path}, row {number}: no prompt. A row needs one of the columns "
-                             f"{', '.join(PROMPT_FIELDS)} with text in it; this one has {', '.join(map(str, row))}.")
+                             f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}.")
         key = next((str(row[f]) for f in ID_FIELDS if row.get(f) not in (None, "")), str(number - 1))
         if key in seen:
             raise ValueError(f"{path}, row {number}: the id {key!r} comes twice. Ids name results; make them unique.")
@@ -143,28 +174,7 @@ def load_prompts(path, limit=0):
         prompts.append({**row, "id": key, "prompt": row[field]})
     if not prompts:
         raise ValueError(f"{path}: no prompts in it.")
-    return prompts[:limit] if limit else prompts
-
-
-def _read_rows(path):
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return read_jsonl(path)
-    if suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-            raise ValueError(f"{path}: expected a JSON list of objects.")
-        return rows
-    if suffix in (".csv", ".tsv"):
-        csv.field_size_limit(sys.maxsize)  # WildJailbreak has cells beyond the 128 KB default
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            return list(csv.DictReader(f, delimiter="\t" if suffix == ".tsv" else ","))
-    if suffix == ".txt":
-        return [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    raise ValueError(f"{path}: unknown kind of file {suffix!r}. Use .jsonl, .json, .csv, .tsv or .txt.")
+    return prompts
 
 
 def load_triggers(path):
@@ -455,3 +465,39 @@ def git_commit():
 def public(value):
     """A flag's value as it may stand in a file: user and password are taken out of URLs."""
     return re.sub(r"(?<=://)[^/\s]*@", "", value) if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def build_parser():
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Get data sets; check training prompts against them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("fetch", help="download sets", description="Download sets at fixed commits, and check them.")
+    p.add_argument("sets", nargs="+", help="names of sets (see extras/sets.py), or `all`")
+    p.add_argument("--data-dir", help="folder of their files (default: $IPO_DATA, else ./data-sets)")
+    p = commands.add_parser("leakage", help="evaluation prompts among training prompts", description="Find exact and near "
+                            "duplicates between training prompts and evaluation sets; drop them.")
+    p.add_argument("--train", required=True, help="training prompts: a file or the name of a set")
+    p.add_argument("--eval", nargs="+", help="evaluation sets, names or files (default: all that are in --data-dir)")
+    p.add_argument("--data-dir", help="folder of the sets' files (default: $IPO_DATA, else ./data-sets)")
+    p.add_argument("--column", help="column of the prompts in the file --train, if it has an unusual name")
+    p.add_argument("--threshold", type=float, default=0.5, help="score of a near duplicate, up to 1 (default: 0.5)")
+    p.add_argument("--show", action="store_true", help="print the texts too")
+    p.add_argument("--drop-leaked", metavar="OUT", help="write the training prompts that do not leak to this .jsonl file")
+    return parser
+
+
+def main(argv=None):
+    """Run one command of the command line."""
+    from extras import leakage, sets
+    args = build_parser().parse_args(argv)
+    command = sets.fetch_all if args.command == "fetch" else leakage.report
+    try:
+        command(**{k: v for k, v in vars(args).items() if k != "command"})
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
