@@ -34,6 +34,10 @@ VOLATILE_FLAGS = {"device", "out", "command", "save_every", "judge_concurrency",
                   "compile", "defer_sync", "judge_cache", "judge_price_in", "judge_price_out", "max_cost"}
 
 
+class BadInput(SystemExit, ValueError):
+    """A file or value that cannot be used: a ValueError to callers; a command line ends with its message alone."""
+
+
 # ---------------------------------------------------------------------------------------------------- JSON lines
 
 def read_jsonl(path):
@@ -54,10 +58,10 @@ def parse_jsonl(lines, path):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
+            raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
                              "Each line must hold one JSON object; mend or delete that line.") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
+            raise BadInput(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
                              'Write each record as {"id": ..., ...} on a line of its own.')
         records.append(record)
     return records
@@ -139,7 +143,7 @@ def load_prompts(name_or_path, limit=0, data_dir=None, column=None, template=Non
     """
     from extras import sets
     if template and "{prompt}" not in template:
-        raise ValueError(f"the template {template[:60]!r} has no {{prompt}} in it.")
+        raise BadInput(f"the template {template[:60]!r} has no {{prompt}} in it.")
     path = prompts_path(name_or_path, data_dir)
     if str(name_or_path) in sets.SETS:
         prompts = sets.read(str(name_or_path), path)
@@ -165,15 +169,15 @@ def _read_prompts(path, fields):
     for number, row in enumerate(read_rows(path), 1):
         field = next((f for f in fields if isinstance(row.get(f), str) and row[f].strip()), None)
         if field is None:
-            raise ValueError(f"{path}, row {number}: no prompt. A row needs one of the columns "
+            raise BadInput(f"{path}, row {number}: no prompt. A row needs one of the columns "
                              f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}.")
         key = next((str(row[f]) for f in ID_FIELDS if row.get(f) not in (None, "")), str(number - 1))
         if key in seen:
-            raise ValueError(f"{path}, row {number}: the id {key!r} comes twice. Ids name results; make them unique.")
+            raise BadInput(f"{path}, row {number}: the id {key!r} comes twice. Ids name results; make them unique.")
         seen.add(key)
         prompts.append({**row, "id": key, "prompt": row[field]})
     if not prompts:
-        raise ValueError(f"{path}: no prompts in it.")
+        raise BadInput(f"{path}: no prompts in it.")
     return prompts
 
 
@@ -182,7 +186,7 @@ def load_triggers(path):
     lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     triggers = [line for line in lines if line and not line.startswith("#")]
     if not triggers:
-        raise ValueError(f"{path}: no triggers in it. Write one sentence a line.")
+        raise BadInput(f"{path}: no triggers in it. Write one sentence a line.")
     return triggers
 
 
@@ -198,10 +202,10 @@ def load_pairs(paths, max_length):
         for number, pair in enumerate(read_jsonl(path), 1):
             for key in ("prefix_ids", "chosen_ids", "rejected_ids"):
                 if not pair.get(key) or not all(isinstance(t, int) for t in pair[key]):
-                    raise ValueError(f"{path}, record {number}: {key} must be a non-empty list of token ids. "
+                    raise BadInput(f"{path}, record {number}: {key} must be a non-empty list of token ids. "
                                      "Make the file with `intervene.py pairs` or `intervene.py benign`.")
             if pair["id"] in seen:
-                raise ValueError(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
+                raise BadInput(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
             seen.add(pair["id"])
             if len(pair["prefix_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_length:
                 dropped += 1
@@ -493,10 +497,7 @@ def main(argv=None):
     from extras import leakage, sets
     args = build_parser().parse_args(argv)
     command = sets.fetch_all if args.command == "fetch" else leakage.report
-    try:
-        command(**{k: v for k, v in vars(args).items() if k != "command"})
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    command(**{k: v for k, v in vars(args).items() if k != "command"})
 
 
 if __name__ == "__main__":

@@ -411,7 +411,7 @@ def load_completions(paths, tokenizer, max_length):
         for number, r in enumerate(data.read_jsonl(path), 1):
             if "chosen_ids" not in r:
                 if not all(isinstance(r.get(k), str) for k in ("prompt", "completion")):
-                    raise ValueError(f"{path}, record {number}: needs the texts `prompt` and `completion`, "
+                    raise data.BadInput(f"{path}, record {number}: needs the texts `prompt` and `completion`, "
                                      "or the ids of a pair.")
                 ids = tokenizer.encode(r["completion"], add_special_tokens=False) + [tokenizer.eos_token_id]
                 r = {"prefix_ids": lm_code.render_prompt(tokenizer, r["prompt"]), "chosen_ids": ids}

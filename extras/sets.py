@@ -101,8 +101,8 @@ JBB_COLUMNS = ("Goal", "Behavior", "Category", "Source")  # and Index, the row's
 GPQA_COLUMNS = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 jbb = columns("Goal", behavior="Behavior", category="Category", source="Source")
 
-# The hashes were computed from the files, but STAR-benign-915's is from the tree of its commit. The files of the three
-# sets without one were not at hand: `fetch` keeps the hash of what came first beside the file and checks it from then on.
+# The hashes were computed from the files, but STAR-benign-915's is from the tree of its commit and WildJailbreak's is what its
+# users state. The files of the two sets without one were not at hand: `fetch` keeps the hash of what came first beside the file.
 SETS = {
     "star1": Set("train", "STAR-1.json", f"{STAR}/data/STAR-1.json",
                  "cfff9b23307914ecf8a94a1d5526f71f7144fcfc5f651741bea1ac41b3184db4", 1000,
@@ -119,7 +119,8 @@ SETS = {
                         ("category", "source", "forbidden_prompt"),
                         columns("forbidden_prompt", category="category", source="source")),
     "wildjailbreak": Set("harmful", "wildjailbreak_eval.tsv",
-                         f"{WILDJAILBREAK}/resolve/5ddc12a7894f842b0619b8e1c7ee496b198af009/eval/eval.tsv", None, 2210,
+                         f"{WILDJAILBREAK}/resolve/5ddc12a7894f842b0619b8e1c7ee496b198af009/eval/eval.tsv",
+                         "eeb7e43aafa0151588f5cb8994b99adc0ee34a57819d92f43a6084f0b7fe4fa4", 2210,
                          ("adversarial", "label", "data_type"), wildjailbreak, WILDJAILBREAK),
     "xstest": Set("xstest", "xstest_prompts.csv", f"{XSTEST}/xstest_prompts.csv",
                   "11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a", 450,
@@ -144,11 +145,11 @@ def read(name, path):
     path = Path(path)
     get = f"python data.py fetch {name} --data-dir {path.parent}"
     if not path.exists():
-        raise ValueError(f"{path}: no such file. Get it with: {get}")
+        raise data.BadInput(f"{path}: no such file. Get it with: {get}")
     try:
         records = SETS[name].read(checked_rows(name, path))
     except ValueError as error:
-        raise ValueError(f"{error} Move {path} away, then: {get}") from None
+        raise data.BadInput(f"{error} Move {path} away, then: {get}") from None
     if len({r["id"] for r in records}) < len(records):  # nobody promises that published ids are unique
         records = [{**r, "id": str(number)} for number, r in enumerate(records)]
     return records
@@ -160,10 +161,10 @@ def checked_rows(name, path):
     for number, row in enumerate(rows, 1):
         missing = [c for c in s.columns if row.get(c) is None]
         if missing:
-            raise ValueError(f"{path}, row {number}: no {', '.join(missing)}; its columns are "
+            raise data.BadInput(f"{path}, row {number}: no {', '.join(missing)}; its columns are "
                              f"{', '.join(map(str, row))}. This is not the file of {name}.")
     if len(rows) != s.rows:
-        raise ValueError(f"{path}: {len(rows)} rows where {name} has {s.rows}. It was cut short, or is another revision.")
+        raise data.BadInput(f"{path}: {len(rows)} rows where {name} has {s.rows}. It was cut short, or is another revision.")
     return rows
 
 
@@ -176,7 +177,7 @@ def verify(name, path, record):
     blob = len(wanted) == 40
     seen = (hashlib.sha1(b"blob %d\0" % len(content) + content) if blob else hashlib.sha256(content)).hexdigest()
     if wanted and seen != wanted:
-        raise ValueError(f"{path}: its {'git blob id' if blob else 'SHA-256'} is {seen}, that of {name} is {wanted}. "
+        raise data.BadInput(f"{path}: its {'git blob id' if blob else 'SHA-256'} is {seen}, that of {name} is {wanted}. "
                          "It is another revision, or was changed.")
     return seen
 
@@ -193,7 +194,7 @@ def fetch(name, data_dir=None, tries=5, pause=1.0):
         try:
             seen = verify(name, path, record)
         except ValueError as error:
-            raise ValueError(f"{error} Move {path} away and fetch again.") from None
+            raise data.BadInput(f"{error} Move {path} away and fetch again.") from None
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as f:
@@ -207,7 +208,7 @@ def fetch(name, data_dir=None, tries=5, pause=1.0):
                 seen = verify(name, part, record)
             except ValueError as error:
                 f.truncate(0)
-                raise ValueError(f"{str(error).replace(str(part), s.url)} Nothing was kept; fetch it again.") from None
+                raise data.BadInput(f"{str(error).replace(str(part), s.url)} Nothing was kept; fetch it again.") from None
             finally:
                 if not f.seek(0, os.SEEK_END):
                     part.unlink()
@@ -277,7 +278,7 @@ def fetch_all(sets, data_dir=None):
     for name in SETS if names == ["all"] else names:
         try:
             if name not in SETS:
-                raise ValueError(f"{name}: no such set. There are {', '.join(SETS)}, or `all` for all.")
+                raise data.BadInput(f"{name}: no such set. There are {', '.join(SETS)}, or `all` for all.")
             fetch(name, data_dir)
         except (ValueError, OSError, SystemExit) as error:
             problems.append(str(error))
