@@ -3,8 +3,9 @@
     python toy/make.py                  # 10 to 20 minutes on two CPU cores; writes toy/model, toy/prompts, toy/rules.json
 
 Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not kept: it is made again
-from `toy/world.py`. The committed weights were trained by this command before batches were formed by trees, in another
-order of the same examples, so a new run gives a model of the same kind, not the same bits.
+from `toy/world.py`. The committed weights were trained by this command on another order of the same examples, so a new run
+gives a model of the same kind, not the same bits: one had 65.5% and 85.0% harmful reasoning on the two held-out harmful
+sets (the committed one 71.0% and 87.5%), benign compliance 100% (100%) and addition 97% (100%).
 """
 import argparse
 import shutil
