@@ -414,6 +414,9 @@ def load_completions(paths, tokenizer, max_length):
 
 def run(args):
     """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
+    for flag in ("batch_size", "micro_tokens", "max_length", "epochs", "save_every"):
+        if getattr(args, flag) < 1:
+            raise SystemExit(f"--{flag.replace('_', '-')} must be at least 1.")
     device, rank, world = start_distributed(args.device)
     out, files = Path(args.out), args.pairs if args.command == "train" else args.data
     reference = getattr(args, "reference", None) or args.model
@@ -460,7 +463,8 @@ def run(args):
         log = fit(policy, examples, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast, batches=batches,
                   lr=args.lr, weight_decay=args.weight_decay, clip=args.clip, micro_tokens=args.micro_tokens,
                   save_every=args.save_every, defer_sync=args.defer_sync)
-    save_model(policy, tokenizer, out, rank, lm_code.stored_dtype(args.model))
+    dtype = lm_code.stored_dtype(args.model) if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    save_model(policy, tokenizer, out, rank, dtype)
     if rank == 0:
         data.finish(out, out.name, {"examples": len(examples) + dropped, "short enough": len(examples),
                                     "steps": len(log)})
@@ -509,6 +513,8 @@ def build_parser():
         p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
         p.add_argument("--seed", type=int, default=0, help="order of the examples")
         p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+        p.add_argument("--save-dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                       help="dtype of the saved weights; auto: that of --model")
         p.add_argument("--no-share", action="store_true", help="the plain way: padded rows, prefixes computed anew")
         p.add_argument("--defer-sync", action="store_true",
                        help="reduce gradients once a step; each rank then holds them whole, in float32")

@@ -192,13 +192,13 @@ class SlotCache:
         self.rows, self.keys, self.values = rows, {}, {}
         self.lengths = torch.zeros(rows, dtype=torch.long)  # tokens held by each slot, on the CPU
 
-    def put(self, slot, layers, row, length):
-        """Copy the first `length` positions of row `row` of a prefilled cache into a slot."""
+    def put(self, slot, layers, length):
+        """Copy the `length` positions of a prefilled cache of one row into a slot."""
         self.lengths[slot] = length
         for i, layer in enumerate(layers):
             for store, new in ((self.keys, layer.keys), (self.values, layer.values)):
                 self._reserve(store, i, new, length)
-                store[i][slot, :, :length] = new[row, :, :length]
+                store[i][slot, :, :length] = new[0]
 
     def _reserve(self, store, i, like, length):
         held = store[i].shape[2] if i in store else 0
@@ -281,10 +281,11 @@ def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95,
            title="sampling"):
     """Sample one completion for each request and yield it as soon as it is finished.
 
-    Batched decoding with a KV cache: requests sorted by length, finished rows leave at once and waiting ones take
-    their slots, rows with one prefix share its prefill. Requests are handled in waves of `4 * batch_size`; a wave
-    whose ids are all in `done` is skipped, and any other is sampled whole, so that a restarted run has the same
-    batches, hence the same rounding, and gives bit for bit what an undisturbed run gives.
+    Batched decoding with a KV cache: finished rows leave at once and waiting ones take their slots. Requests are
+    sorted by prefix, and each prefix is computed from where it parts from the one before: once for all continuations
+    of it, and but for a few tokens for other triggers or later sentences of one rollout. Requests are handled in waves
+    of `4 * batch_size`; a wave whose ids are all in `done` is skipped, and any other is sampled whole, so that a
+    restarted run has the same batches, hence the same rounding, and gives bit for bit what an undisturbed run gives.
 
     requests: list of Request. eos: set of ids that end a row. A row also ends after `max_new_tokens`, or where the
     model's context is full. Raises ValueError for a prefix that leaves no room in the context: callers drop those.
@@ -296,7 +297,7 @@ def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95,
         if len(r.prefix) >= context:
             raise ValueError(f"request {r.id}: prefix of {len(r.prefix)} tokens fills the context of {context}. "
                              "Drop it and count it.")
-    requests = sorted(requests, key=lambda r: (len(r.prefix), r.prefix, r.id))
+    requests = sorted(requests, key=lambda r: (r.prefix, r.id))
     tokens, start = 0, time.monotonic()
     with tqdm(total=len(requests), desc=title, unit="req", disable=None) as bar:
         for i in range(0, len(requests), 4 * batch_size):
@@ -314,7 +315,7 @@ def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95,
 def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     limit = model.config.max_position_embeddings
-    waiting, rows = deque(wave), []
+    waiting, rows, prefill = deque(wave), [], Prefill(decoder)
     cache = SlotCache(min(batch_size, len(wave)))
 
     def extend(group, hidden):  # hidden (len(group), H) of the last token: choose the next one
@@ -326,7 +327,8 @@ def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, bat
         fresh = [_Row(r, request_uniforms(seed, r.id, max_new_tokens).tolist())
                  for r in (waiting.popleft() for _ in range(min(len(waiting), cache.rows - len(rows))))]
         if fresh:
-            extend(fresh, _prefill(decoder, [row.request.prefix for row in fresh], cache, len(rows)))
+            hidden = torch.stack([prefill(row.request.prefix, cache, len(rows) + k) for k, row in enumerate(fresh)])
+            extend(fresh, hidden)
             rows += fresh
         slot = 0
         while slot < len(rows):
@@ -348,24 +350,25 @@ def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, bat
             extend(rows, hidden)
 
 
-def _prefill(decoder, prefixes, cache, slot):
-    """Run prefixes through the decoder, each different one once; fill the slots from `slot` on; last hiddens (n, H)."""
-    from transformers import DynamicCache
-    index = {}
-    for prefix in prefixes:
-        index.setdefault(tuple(prefix), len(index))
-    device = decoder.device
-    width = max(map(len, index))
-    input_ids = torch.tensor([list(p) + [0] * (width - len(p)) for p in index], device=device)
-    lengths = torch.tensor([len(p) for p in index], device=device)
-    mask = torch.arange(width, device=device) < lengths[:, None]
-    filled = DynamicCache()
-    hidden = decoder(input_ids=input_ids, attention_mask=mask.long(), past_key_values=filled,
-                     use_cache=True).last_hidden_state
-    which = [index[tuple(p)] for p in prefixes]
-    for k, row in enumerate(which):
-        cache.put(slot + k, filled.layers, row, len(prefixes[k]))
-    return hidden[which, lengths[which] - 1]
+class Prefill:
+    """Computes prefixes one by one, each from where it parts from the one before, whose keys and values are kept."""
+
+    def __init__(self, decoder):
+        from transformers import DynamicCache
+        self.decoder, self.prefix, self.kept, self.hidden = decoder, [], DynamicCache(), None
+
+    def __call__(self, prefix, cache, slot):
+        """Fill a slot of the cache; returns the hidden state (H,) of the prefix's last token."""
+        if prefix != self.prefix:
+            shared = next((i for i, (a, b) in enumerate(zip(self.prefix, prefix)) if a != b), min(len(self.prefix), len(prefix)))
+            shared = min(shared, len(prefix) - 1)  # the last token is always computed: it chooses the next one
+            if shared < len(self.prefix):
+                self.kept.crop(shared - len(self.prefix))
+            rest = torch.tensor([prefix[shared:]], device=self.decoder.device)
+            self.hidden = self.decoder(input_ids=rest, past_key_values=self.kept, use_cache=True).last_hidden_state[0, -1]
+            self.prefix = prefix
+        cache.put(slot, self.kept.layers, len(prefix))
+        return self.hidden
 
 
 class LocalSampler:

@@ -149,6 +149,21 @@ def without_times(out):
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in data.read_jsonl(out / "metrics.jsonl")]
 
 
+def test_saved_weights_have_the_dtype_that_is_asked_for(model_dir, pairs_file, tmp_path):
+    for dtype in ("auto", "float32", "bfloat16"):
+        ipo.main(arguments(model_dir, pairs_file, tmp_path / dtype, "--epochs", "1", "--save-dtype", dtype))
+    auto, whole, half = (load_file(tmp_path / d / "model.safetensors") for d in ("auto", "float32", "bfloat16"))
+    assert all(torch.equal(auto[k], whole[k]) and torch.equal(whole[k].bfloat16(), half[k]) for k in whole)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("flag", ["--save-every", "--batch-size", "--micro-tokens", "--epochs", "--max-length"])
+def test_a_count_of_zero_is_refused(flag, model_dir, pairs_file, tmp_path):
+    with pytest.raises(SystemExit, match=f"{flag} must be at least 1"):
+        ipo.main(arguments(model_dir, pairs_file, tmp_path / "out", flag, "0"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_learns_saves_and_is_not_repeated(model_dir, pairs_file, tmp_path, capsys):
     out = tmp_path / "trained"
     ipo.main(arguments(model_dir, pairs_file, out))

@@ -78,6 +78,19 @@ def test_a_request_is_sampled_alike_in_any_order_batch_or_company():
     assert one != run(model, requests, temperature=0.8, top_p=0.9, seed=1)
 
 
+def test_a_prefix_is_computed_once_for_all_that_begin_with_it():
+    model, seen = random_model(60), []
+    model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    trunk = [5, 9, 11, 7, 30, 8, 21, 40]
+    prefixes = [trunk, trunk[:5], trunk + [3, 4], trunk + [3, 6, 7], [6, 6]]  # nested, siblings, and one apart
+    requests = [lm_code.Request(f"{i}.{k}", p) for k in range(6) for i, p in enumerate(prefixes)]
+    shared = run(model, requests, temperature=0.8, batch_size=4, max_new_tokens=9)
+    # 30 requests, 4 rows: two waves, of 16 and 14, each begins afresh; in the order of the prefixes:
+    # [5 of trunk] x6, [trunk] x6, [+ 3 4] x4 | x2, [+ 3 6 7] x6, [6 6] x6. All but the first steps are single tokens.
+    assert [n for rows, n in seen if n > 1] == [5, 3, 2, 10, 2, 2]
+    assert shared == {r.id: run(model, [r], temperature=0.8, max_new_tokens=9)[r.id] for r in requests}
+
+
 def test_done_waves_are_skipped():
     model, requests = random_model(60), some_requests(20)
     first = list(run(model, requests, batch_size=2))[:8]  # the first wave: 4 * batch_size requests
