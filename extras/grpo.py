@@ -98,8 +98,9 @@ def micro_losses(policy, micros, reference, temperature, clip_ratio, kl):
         if reference is not None:
             with torch.no_grad():
                 micro["ref"] = token_logps(reference.lm, **micro["rows"], temperature=temperature)
-    return grpo_loss(logps, micro["old"], micro["ref"], micro["advantages"], micro["rows"]["completion_mask"][:, 1:],
-                     clip_ratio, kl)
+    losses, metrics = grpo_loss(logps, micro["old"], micro["ref"], micro["advantages"], micro["rows"]["completion_mask"][:, 1:],
+                                clip_ratio, kl)
+    return losses, {k: v for k, v in metrics.items() if k != "kl" or reference is not None}
 
 
 def micro_batches(traces, advantages, micro_tokens, device):
@@ -150,10 +151,11 @@ def learn(policy, reference, sampler, prompts, reward_of, out, *, device, autoca
     sampler.model = policy.lm
     for step in range(len(log), len(steps)):
         started, books = time.monotonic(), out / "rollouts" / f"{step:05}"
-        policy.eval()  # recomputed activations and the cache of keys do not go together
-        with autocast():
-            traces = intervene.sample_traces(books.with_suffix(".traces.jsonl"), [
-                {**job, "id": f"{job['id']}@{step}"} for g in steps[step] for job in groups[g]], sampler, f"rollouts {step}")
+        # Sampled in the weights' own dtype: autocast mixes dtypes, and the sampler's cache has one. In eval mode, because
+        # recomputed activations and a cache do not go together.
+        policy.eval()
+        traces = intervene.sample_traces(books.with_suffix(".traces.jsonl"), [
+            {**job, "id": f"{job['id']}@{step}"} for g in steps[step] for job in groups[g]], sampler, f"rollouts {step}")
         policy.train()
         rewards, asked = reward_of(books.with_suffix(".verdicts.jsonl"), traces)
         rewards = torch.tensor([torch.nan if r is None else r for r in rewards]).view(-1, group_size)

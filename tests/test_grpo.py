@@ -180,16 +180,19 @@ def arguments(out, *more):
             "--device", "cpu", "--out", str(out), *more]
 
 
-def test_the_stage_on_the_embedded_model(tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--limit", "2", "--dtype", "bfloat16", "--checkpoint-activations", "--kl", "0"],
+                                  ["--limit", "2", "--dtype", "bfloat16", "--lora-rank", "4"]])
+def test_the_stage_on_the_embedded_model(tmp_path, capsys, more):
     out = tmp_path / "grpo"
-    ipo.main(arguments(out))
-    ipo.main(arguments(out))
+    ipo.main(arguments(out, *more))
+    ipo.main(arguments(out, *more))
     assert "(finished before)" in capsys.readouterr().out
     log = data.read_jsonl(out / "metrics.jsonl")
     funnel = data.json.loads((tmp_path / "grpo.funnel.json").read_text())["counts"]
-    assert len(log) == funnel["steps"] == 2 and funnel["generations"] == 16
+    assert len(log) == funnel["steps"] == (1 if more else 2) and funnel["generations"] == 8 * len(log)
+    assert log[0].get("kl") == (None if "--kl" in more else 0), "the reference computes in the policy's precision"
     asked = 2 * sum(not t["truncated"] for p in (out / "rollouts").glob("*.traces.jsonl") for t in data.read_jsonl(p))
-    assert funnel["judge calls"] == asked > 16
+    assert funnel["judge calls"] == asked > 8
     start, end = (AutoModelForCausalLM.from_pretrained(p) for p in (MODEL, out))
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), end.parameters()))
     assert not list(out.glob("checkpoint*")) and (out / "tokenizer.json").exists()
