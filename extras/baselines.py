@@ -25,6 +25,7 @@ import model as lm_code
 METHODS = {"sft": "SFT on chosen", "dpo": "DPO, whole trajectory", "dpo-independent": "DPO, independent rollouts",
            "grpo-response": "GRPO, I[y safe]", "grpo-gap": "GRPO, I[z safe] - I[y safe]", "grpo-reasoning": "GRPO, I[z safe]",
            "ipo": "IPO, stage 1"}
+COSTS = ("generations", "judge_calls", "seconds", "cpu_seconds")  # of the data and the training, not of the evaluation
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student, by n
 
 
@@ -99,8 +100,8 @@ def stage(args, main, *argv):
     wall, cpu = time.monotonic(), time.process_time()
     with open(Path(args.out) / "log.txt", "a") as log, contextlib.redirect_stdout(log):
         main(argv)
-    times.write({"id": str(target), "seconds": round(time.monotonic() - wall, 2), "killed_before": begun,  # so too short
-                 "cpu_seconds": round(time.process_time() - cpu, 2)})
+    times.write({"id": str(target), "killed_before": begun,  # then the times are those since the last start only
+                 "seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)})
     times.close()
     return target
 
@@ -110,26 +111,26 @@ def prepare(args, method, seed):
     folder, model = Path(args.out) / f"seed{seed}", ["--model", args.model]
     rollouts, verdicts, steps, independent, pairs = (
         folder / f"{name}.jsonl" for name in ("rollouts", "verdicts", "steps", "independent", "pairs"))
-    sampling = [*shlex.split(args.sampling), "--seed", seed]
+    sampling = [*args.sampling, "--seed", seed]
     stages = [stage(args, intervene.main, "rollouts", *model, *sampling, "--prompts", Path(args.out) / "train.jsonl",
                     "--samples", len(data.load_triggers(args.triggers)), "--out", rollouts),
               stage(args, intervene.main, "steps", "--traces", rollouts, "--out", steps),
-              stage(args, intervene.main, "judge", *shlex.split(args.judging), "--traces", rollouts, "--steps", steps, "--out", verdicts)]
+              stage(args, intervene.main, "judge", *args.judging, "--traces", rollouts, "--steps", steps, "--out", verdicts)]
     if method == "dpo-independent":
         stages.append(stage(args, main, "pairs", *model, "--traces", rollouts, "--verdicts", verdicts, "--out", independent))
         return stages, [(rollouts, verdicts)]
-    stages.append(stage(args, intervene.main, "pairs", *model, *sampling, *shlex.split(args.judging), "--triggers", args.triggers,
+    stages.append(stage(args, intervene.main, "pairs", *model, *sampling, *args.judging, "--triggers", args.triggers,
                         "--traces", rollouts, "--steps", steps, "--verdicts", verdicts, "--out", pairs))
     first = pairs.with_suffix(".rounds") / "round1"
     return stages, [(rollouts, verdicts), (first.with_suffix(".traces.jsonl"), first.with_suffix(".verdicts.jsonl"))]
 
 
 def train(args, method, lr, seed):
-    """Train one model; returns (its folder, {"generations", "judge_calls", "seconds", "cpu_seconds"})."""
+    """Train one model; returns (its folder, {each of COSTS, and "killed_before", where the times are too short})."""
     out = Path(args.out) / f"seed{seed}" / f"{method}-{lr}"
-    common = [*shlex.split(args.train_args), "--model", args.model, "--lr", lr, "--seed", seed, "--out", out]
+    common = [*args.train_args, "--model", args.model, "--lr", lr, "--seed", seed, "--out", out]
     if method.startswith("grpo-"):
-        stages = [stage(args, ipo.main, "grpo", *shlex.split(args.sampling), *shlex.split(args.judging), *common, "--reward",
+        stages = [stage(args, ipo.main, "grpo", *args.sampling, *args.judging, *common, "--reward",
                         method[5:], "--prompts", Path(args.out) / "train.jsonl", "--epochs", args.grpo_epochs)]
         log = data.read_jsonl(out / "metrics.jsonl")
         cost = {k: sum(line[k] for line in log) for k in ("generations", "judge_calls")}
@@ -141,7 +142,8 @@ def train(args, method, lr, seed):
         cues = sum(v["reasoning_safe"] is False for v in judged) * (method != "dpo-independent")  # which needs none
         cost = {"generations": len(complete), "judge_calls": len(judged) + sum(not t["truncated"] for t in complete) + cues}
     times = {r["id"]: r for r in data.read_jsonl(Path(args.out) / "times.jsonl")}
-    return out, {**cost, **{k: round(sum(times[str(s)][k] for s in stages), 1) for k in ("seconds", "cpu_seconds")}}
+    return out, {**cost, "killed_before": any(times[str(s)]["killed_before"] for s in stages),
+                 **{k: round(sum(times[str(s)][k] for s in stages), 1) for k in ("seconds", "cpu_seconds")}}
 
 
 def trial(args, results, method, lr, seed, part, sets, samples):
@@ -149,12 +151,14 @@ def trial(args, results, method, lr, seed, part, sets, samples):
     id = f"{method} lr={lr} seed={seed} {part}"
     if id not in results.done:
         path, cost = (args.model, {}) if method == "base" else train(args, method, lr, seed)
-        folder = stage(args, evaluate.main, "run", *shlex.split(args.sampling), *shlex.split(args.eval_judging), "--model", path,
+        folder = stage(args, evaluate.main, "run", *args.sampling, *args.eval_judging, "--model", path,
                        "--samples", samples, "--seed", seed, "--set", *sets,
                        "--out", Path(args.out) / f"seed{seed}" / f"{part}-{method}-{lr}")
         measured = json.loads((folder / "metrics.json").read_text())["sets"]
         metrics = {f"{name}/{metric}": entry[metric]["mean"] for name, entry in measured.items()
                    for metric in evaluate.METRICS[entry["kind"]]}
+        if None in metrics.values():
+            raise SystemExit(f"{folder}: a metric has no verdicts at all. Look at the judge, delete the folder, start again.")
         results.write({"id": id, "method": method, "lr": lr, "seed": seed, "part": part, "metrics": metrics, **cost})
         print(id + ": " + ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics.items()), flush=True)
     return results.done[id]
@@ -168,7 +172,7 @@ def validation_sets(args):
     sums = [{**p, "answer": str(sum(map(int, n)))} for p in benign if len(n := [
         w.strip("?.,") for w in p["prompt"].split() if w.strip("?.,").isdigit()]) == 2]  # the toy world's; none trains on them
     parts = {"train": training, "valid_harmful": held, "valid_benign": split(benign)[1],
-             "valid_sums": sums if "--judge rules" in args.judging else []}
+             "valid_sums": sums if "rules" in args.judging else []}
     for name, prompts in parts.items():
         data.write_jsonl(out / f"{name}.jsonl", prompts)
     kinds = {"valid_harmful": "harmful", "valid_benign": "benign", "valid_sums": "task"}
@@ -179,7 +183,8 @@ def run(args):
     """The whole comparison: choose rates, train, measure, write `table.json` and print it."""
     chosen_by = ("methods", "lrs", "seeds", "main_job")  # results are kept by these, so a sweep can grow
     given = {k: v for k, v in vars(args).items() if k not in chosen_by}
-    data.begin(args.out, given, [args.model, args.prompts, args.benign, args.triggers])
+    files = [path for _, _, path in evaluate.parse_sets(args.set)]
+    data.begin(args.out, given, [args.model, args.prompts, args.benign, args.triggers, *files])
     Path(args.out).mkdir(parents=True, exist_ok=True)
     valid = validation_sets(args)
     results, rows, first = data.Appender(Path(args.out) / "results.jsonl"), [], args.seeds[0]
@@ -193,8 +198,8 @@ def run(args):
         records = [trial(args, results, method, lr, seed, "test", args.set, 1) for seed in args.seeds]
         rows.append({"method": METHODS.get(method, method), "lr": lr, "seeds": args.seeds, "validation": trials,
                      "metrics": {k: interval([r["metrics"][k] for r in records]) for k in records[0]["metrics"]},
-                     **{k: statistics.mean(r[k] for r in records) for k in ("generations", "judge_calls", "seconds", "cpu_seconds")
-                        if k in records[0]}})
+                     "killed_before": any(r.get("killed_before") for r in records),
+                     **{k: statistics.mean(r[k] for r in records) for k in COSTS if k in records[0]}})
     results.close()
     rows += main_job(args.main_job)
     data.write_json(Path(args.out) / "table.json", {"training prompts": len(data.read_jsonl(Path(args.out) / "train.jsonl")),
@@ -207,7 +212,7 @@ def main_job(folder):
     evaluated, rows = Path(folder) / "eval" / "stage2" / "metrics.json", []
     if evaluated.exists():
         sets = json.loads(evaluated.read_text())["sets"]
-        rows.append({"method": "IPO, stages 1 and 2 (main job)", "lr": "-", "seeds": ["-"], "metrics": {
+        rows.append({"method": "IPO, stages 1 and 2 (main job)", "lr": "-", "seeds": ["-"], "killed_before": False, "metrics": {
             f"{name}/{m}": interval([e[m]["mean"]]) for name, e in sets.items() for m in evaluate.METRICS[e["kind"]]}})
     return rows
 
@@ -215,13 +220,13 @@ def main_job(folder):
 def table(rows):
     """Rows as a Markdown table: per cent over seeds with the interval where there are several, and what a model cost."""
     def cell(m):
-        if m is None:
-            return ""
-        return f"{100 * m['mean']:.1f}" + (f" [{100 * m['low']:.0f}, {100 * m['high']:.0f}]" if len(m["values"]) > 1 else "")
-    metrics, costs = list(rows[0]["metrics"]), ("generations", "judge_calls", "seconds", "cpu_seconds")
-    lines = [["method", "lr", "seeds", *metrics, *(c.replace("_", " ") for c in costs)]]
-    lines += [[r["method"], r["lr"], str(len(r["seeds"])), *(cell(r["metrics"].get(m)) for m in metrics),
-               *(f"{r[c]:.0f}" if c in r else "" for c in costs)] for r in rows]
+        several = m and len(m["values"]) > 1
+        return (f"{100 * m['mean']:.1f}" if m else "") + (f" [{100 * m['low']:.0f}, {100 * m['high']:.0f}]" if several else "")
+    metrics = list(rows[0]["metrics"])
+    lines = [["method", "lr", "seeds", *metrics, *(c.replace("_", " ") for c in COSTS)]]
+    for r in rows:
+        costs = [("> " if r["killed_before"] and "seconds" in c else "") + f"{r[c]:.0f}" if c in r else "" for c in COSTS]
+        lines.append([r["method"], r["lr"], str(len(r["seeds"])), *(cell(r["metrics"].get(m)) for m in metrics), *costs])
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
@@ -241,15 +246,15 @@ def build_parser():
     p.add_argument("--set", nargs="+", required=True, metavar="NAME=KIND:FILE", help="held-out sets, as for `evaluate.py run`")
     p.add_argument("--out", required=True, help="folder for everything")
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to compare")
-    p.add_argument("--lrs", nargs="+", default=["1e-4", "3e-4", "1e-3"], help="grid of learning rates, the lowest first")
+    p.add_argument("--lrs", nargs="+", default="3e-5 1e-4 3e-4 1e-3".split(), help="learning rates, the lowest first")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="the first also chooses the learning rates")
     # CHOICE: 40 generations a prompt, the least that the paper names for GRPO; IPO makes at most 12.
     p.add_argument("--grpo-epochs", type=int, default=5, help="passes of GRPO over the prompts, 8 generations each")
     p.add_argument("--validation-samples", type=int, default=4, help="rollouts of a validation prompt")
-    p.add_argument("--sampling", default="", help="flags of whatever samples, as one word: --sampling='--max-new-tokens 160'")
-    p.add_argument("--judging", default="--judge rules", help="flags of the judge that builds the data, as one word")
-    p.add_argument("--eval-judging", default="--judge rules", help="flags of the judge that evaluates, as one word")
-    p.add_argument("--train-args", default="", help="more flags for every training, as one word")
+    for flag, default, text in (
+            ("sampling", "", "whatever samples"), ("judging", "--judge rules", "the judge that builds the data"),
+            ("eval-judging", "--judge rules", "`evaluate.py run` for its judge"), ("train-args", "", "every training")):
+        p.add_argument("--" + flag, type=shlex.split, default=default, help=f"flags of {text}, as one word: --{flag}='--x 1'")
     p.add_argument("--triggers", default=str(intervene.HERE / "prompts" / "triggers.txt"), help="safety triggers, one a line")
     p.add_argument("--main-job", default="runs/toy", help="folder of a finished run.sh, for the row of IPO's two stages")
     p.add_argument("--limit", type=int, default=0, help="use only the first prompts; 0 = all")

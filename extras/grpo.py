@@ -160,7 +160,7 @@ def learn(policy, reference, sampler, prompts, reward_of, out, *, device, autoca
         rewards, asked = reward_of(books.with_suffix(".verdicts.jsonl"), traces)
         rewards = torch.tensor([torch.nan if r is None else r for r in rewards]).view(-1, group_size)
         if rewards.isnan().all():
-            raise SystemExit(f"step {step}: no rollout has a verdict. Mend the judge, delete {books}.verdicts.jsonl, start again.")
+            raise SystemExit(f"No rollout has a verdict. Mend the judge, delete {books}.verdicts.jsonl and start again.")
         advantages = group_advantages(rewards)
         micros = micro_batches(traces, advantages.flatten().tolist(), micro_tokens, device)
         # CHOICE: one mean over all tokens of the step, so that every token counts alike; the paper cited above averages

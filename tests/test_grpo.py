@@ -155,7 +155,7 @@ def test_later_inner_epochs_are_clipped_and_failed_verdicts_are_counted(model_di
         return [None, *low_tokens(path, traces)[0][1:]], 0
     log, _ = tiny(model_dir, tmp_path / "out", reward_of, epochs=1, inner_epochs=4, lr=2e-2)
     assert log[-1]["clip_fraction"] > 0.05 and all(line["unjudged"] == 1 for line in log)
-    with pytest.raises(SystemExit, match="no rollout has a verdict"):
+    with pytest.raises(SystemExit, match="No rollout has a verdict"):
         tiny(model_dir, tmp_path / "none", lambda path, traces: ([None] * len(traces), 0))
 
 
