@@ -447,7 +447,9 @@ def run(args):
         parts = [{i: len(r) * longest} for i, r in enumerate(rows)]
     else:
         parts = [data.tree_parts(r) for r in rows]
-    batches, log = data.global_batches(parts, args.batch_size, args.epochs, args.seed), []
+    # CHOICE: only pairs meet by trees; completions of one prompt may be so many that a batch would be of that prompt alone.
+    order = parts if args.command == "train" else [{i: 1} for i in range(len(parts))]
+    batches, log = data.global_batches(order, args.batch_size, args.epochs, args.seed), []
     if not examples and rank == 0:
         print(f"{out.name}: nothing to train on, so the model is passed on unchanged")
     if examples and args.command == "train":

@@ -169,12 +169,13 @@ def compare(cases, steps, trl_python):
 
 def scaling(steps):
     """Step time against tokens and ranks."""
-    print(f"{'pairs a step':>12} {'ranks':>5} {'s/step':>7} {'ms/pair':>8}")
+    print(f"{'pairs a step':>12} {'ranks':>5} {'s/step':>7} {'ms/pair':>8} {'CPU ms/pair':>12}")
     for pairs, ranks in ((4, 1), (8, 1), (16, 1), (32, 1), (16, 2)):
         with tempfile.TemporaryDirectory() as folder:
             make(folder, 256, 128, pairs=pairs, steps=steps)
-            step = cell("tree", folder, steps, ranks=ranks)["step"]
-        print(f"{pairs:12} {ranks:5} {step:7.2f} {1000 * step / pairs:8.0f}", flush=True)
+            r = cell("tree", folder, steps, ranks=ranks)
+        print(f"{pairs:12} {ranks:5} {r['step']:7.2f} {1000 * r['step'] / pairs:8.0f} {1000 * r['cpu'] * ranks / pairs:12.0f}",
+              flush=True)
 
 
 def main():
