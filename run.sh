@@ -3,7 +3,7 @@
 #
 #   bash run.sh                 everything on the embedded model, a few minutes on two CPU cores
 #   bash run.sh test            the tests
-#   bash run.sh baselines       SFT, DPO and GRPO beside IPO, over an hour; a glimpse of it with QUICK=1. See METHODS, SEEDS below
+#   bash run.sh baselines       SFT, DPO and GRPO beside IPO, about an hour (QUICK=1: 10 minutes; METHODS, LRS, SEEDS)
 #
 # A second run skips the stages that are finished. Full size, same code path (see README.md):
 #
@@ -78,14 +78,15 @@ server=(${SERVER:+--server "$SERVER"})                  # holds the base model; 
 train=("$PYTHON" ipo.py train $TRAIN_ARGS)
 if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train $TRAIN_ARGS); fi
 
-if [ "${1:-}" = baselines ]; then                       # its own folder; $RUN is only looked at, for the two stages of IPO there
-    if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi  # a model this small gains nothing by more
-    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-3e-4 1e-3} GRPO_EPOCHS=${GRPO_EPOCHS:-1}; fi
-    exec "$PYTHON" -m extras.baselines run --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" --set $EVAL \
-        --triggers "$TRIGGERS" --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" --judging="${judging[*]}" \
-        --eval-judging="--judge $JUDGE ${EVAL_JUDGE_ARGS:-} --eval-judge $EVAL_JUDGE ${EVAL_JUDGE_MODEL:+--eval-judge-model $EVAL_JUDGE_MODEL}" \
-        --train-args="$TRAIN_ARGS" --main-job "$RUN" --out "${BASELINES:-runs/baselines}" \
-        ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS}
+if [ "${1:-}" = baselines ]; then                       # $RUN is only looked at, for IPO with both stages
+    if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi  # too small to gain by more
+    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1}; fi
+    evaluating=(--judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"})
+    exec "$PYTHON" -m extras.baselines run --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" \
+        --set $EVAL --triggers "$TRIGGERS" --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
+        --judging="${judging[*]}" --eval-judging="${evaluating[*]}" --train-args="$TRAIN_ARGS" \
+        --main-job "$RUN" --out "${BASELINES:-runs/baselines}" ${METHODS:+--methods $METHODS} \
+        ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS}
 fi
 stage() { echo "--- $1 (${SECONDS}s)"; shift; "$@"; }
 

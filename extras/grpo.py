@@ -139,6 +139,8 @@ def learn(policy, reference, sampler, prompts, reward_of, out, *, device, autoca
           seed=0):
     """Train `policy` in place; log, checkpoint and resume (see the top). Returns (metrics of each step, counts).
 
+    Metrics: loss, kl and clip_fraction are means over tokens in the last inner epoch; reward a mean over judged rollouts,
+    no_variety the share of groups without advantages, length in tokens; generations and judge_calls are what they cost.
     sampler: an `lm_code.LocalSampler` whose model this function sets to the policy; reward_of(path, traces) -> (rewards,
     questions asked); reference: a policy, or None where `kl` is 0.
     """
