@@ -18,12 +18,15 @@ CPU = torch.device("cpu")
 
 def test_advantages_by_hand_and_none_without_variety():
     nan = math.nan
-    got = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1] * 4, [-1, 1, nan, nan], [nan, 1, nan, 1],
-                                              [nan] * 4]), eps=0.0)
+    got = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [-1, 1, nan, nan], [nan, 1, nan, 1], [nan] * 4]),
+                                eps=0.0)
     one = math.sqrt(3) / 4  # standard deviation of 1, 0, 0, 0
     assert got[0].tolist() == pytest.approx([0.75 / one] + [-0.25 / one] * 3)
-    assert got[3].tolist() == [-1, 1, 0, 0], "no verdict: no advantage, and no share in the group's mean"
-    assert (got[[1, 2, 4, 5]] == 0).all(), "exactly 0, with eps 0 and for rewards whose mean is inexact"
+    assert got[2].tolist() == [-1, 1, 0, 0], "no verdict: no advantage, and no share in the group's mean"
+    assert (got[[1, 3, 4]] == 0).all()
+    same = torch.tensor([[0.3] * 7, [0.3] * 6 + [nan]])
+    assert same.nanmean(1)[0] != same[0, 0], "a mean that is inexact, or the next line shows nothing"
+    assert (grpo.group_advantages(same, eps=1e-9) == 0).all()
 
 
 def test_loss_by_hand():
@@ -144,7 +147,10 @@ def test_reward_rises(model_dir, tmp_path):
 
 
 def test_equal_rewards_teach_nothing(model_dir, tmp_path):
-    log, policy = tiny(model_dir, tmp_path / "out", lambda path, traces: ([0.1] * len(traces), 0), epochs=1)
+    log, policy = tiny(model_dir, tmp_path / "out", lambda path, traces: ([0.1] * len(traces), 0), epochs=2)
+    traces = [t for path in sorted((tmp_path / "out" / "rollouts").iterdir()) for t in data.read_jsonl(path)]
+    assert len({t["id"] for t in traces}) == len(traces) == 48
+    assert len({(t["prompt_id"], *t["ids"]) for t in traces}) > 40, "from the same weights, each visit of a prompt draws anew"
     assert all(line["no_variety"] == 1 and line["grad_norm"] == 0 for line in log)
     start = AutoModelForCausalLM.from_pretrained(model_dir)
     assert all(torch.equal(a, b) for a, b in zip(policy.lm.parameters(), start.parameters()))
