@@ -412,11 +412,16 @@ def load_completions(paths, tokenizer, max_length):
     return examples, dropped
 
 
-def run(args):
-    """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
-    for flag in ("batch_size", "micro_tokens", "max_length", "epochs", "save_every"):
+def refuse_below_1(args, *flags):
+    """Raise SystemExit for a flag that counts something and is below 1."""
+    for flag in flags:
         if getattr(args, flag) < 1:
             raise SystemExit(f"--{flag.replace('_', '-')} must be at least 1.")
+
+
+def run(args):
+    """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
+    refuse_below_1(args, "batch_size", "micro_tokens", "max_length", "epochs", "save_every")
     device, rank, world = start_distributed(args.device)
     out, files = Path(args.out), args.pairs if args.command == "train" else args.data
     reference = getattr(args, "reference", None) or args.model

@@ -239,9 +239,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SystemExit("grpo runs in one process: its sampler needs whole weights. Start it with python, not torchrun.")
-    for flag in ("prompts_per_step", "epochs", "inner_epochs", "micro_tokens", "save_every", "batch_size", "max_new_tokens"):
-        if getattr(args, flag) < 1:
-            raise SystemExit(f"--{flag.replace('_', '-')} must be at least 1.")
+    ipo.refuse_below_1(args, "prompts_per_step", "epochs", "inner_epochs", "micro_tokens", "save_every", "batch_size")
     if args.server or args.temperature <= 0 or args.group_size < 2:
         raise SystemExit("grpo samples in this process (no --server), at a --temperature above 0, in groups of at least 2.")
     args.judge = intervene.judge_of(args)
