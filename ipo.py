@@ -18,23 +18,22 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 
 import data
 import model as lm_code
-from extras import plan
+from extras import checkpoint, plan
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
@@ -258,10 +257,51 @@ def learning_rate(step, steps, peak, warmup=0.1):
 
 def step_line(title, line, steps):
     """One step as one line for people."""
-    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "grad_norm": "grad norm",
-             "tokens_per_s": "tokens/s"}
+    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "reward": "reward",
+             "no_variety": "groups without variety", "kl": "KL", "grad_norm": "grad norm", "tokens_per_s": "tokens/s"}
     return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(
         f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
+
+
+def start_or_resume(policy, out, lr, weight_decay, rank=0):
+    """(AdamW, the metrics so far): both fresh, or policy and all as they were at the newest checkpoint in `out`."""
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr,
+                                  weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
+    first = checkpoint.load(out, policy, optimizer)
+    lines = (out / "metrics.jsonl").read_text().splitlines()[:first] if first else []  # a torn last line is beyond
+    log = [json.loads(line) for line in lines]
+    if rank == 0:
+        data.write_jsonl(out / "metrics.jsonl", log)  # lines after the checkpoint are made again
+    return optimizer, log
+
+
+def take_step(policy, optimizer, rate, groups, spare, total, losses_of, autocast, clip=1.0, world=1, defer_sync=False):
+    """One update at learning rate `rate` down the gradient of sum(losses) / `total`, over all groups and ranks.
+
+    groups: this rank's micro-batches, lists of examples, each for `losses_of(policy, group) -> (losses, metrics)`;
+    `spare` takes the place of an empty one. Returns (metrics: sums / `total`, gradient norm before clipping).
+    """
+    sums = {}
+    for k, group in enumerate(groups):
+        if world > 1:
+            policy.set_requires_gradient_sync(not defer_sync or k + 1 == len(groups))
+        with autocast():
+            losses, metrics = losses_of(policy, group or spare)
+        weight = len(group) > 0  # an empty micro-batch takes part with weight 0
+        # FSDP averages gradients over ranks; times world makes it the sum, over the global count the mean.
+        (losses.sum() * weight * world / total).backward()
+        for name, values in {"loss": losses, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + values.detach().float().sum() * weight
+    norm = nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # on every rank: it communicates
+    for part in optimizer.param_groups:
+        part["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    values = torch.stack(list(sums.values())) / total
+    if world > 1:
+        dist.all_reduce(values)
+    return {k: round(v, 6) for k, v in zip(sums, values.tolist())}, round(norm.item(), 6)
 
 
 def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batches, lr, weight_decay=0.0,
@@ -272,79 +312,29 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
     `out/metrics.jsonl`, one line a step. Killed and started again, it goes on from the last of its checkpoints
     (every `save_every` steps) and ends with the same weights. Returns the list of metrics.
     """
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
-    first = load_checkpoint(out, policy, optimizer)
-    lines = (out / "metrics.jsonl").read_text().splitlines()[:first] if first else []  # a torn last line is beyond
-    log = [json.loads(line) for line in lines]
-    if rank == 0:
-        data.write_jsonl(out / "metrics.jsonl", log)  # lines after the checkpoint are made again
-    for step in range(first, len(batches)):
-        started = time.monotonic()
-        rate = learning_rate(step, len(batches), lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        sums, tokens = {}, data.tokens_of(batches[step], parts)
+    optimizer, log = start_or_resume(policy, out, lr, weight_decay, rank)
+    for step in range(len(log), len(batches)):
+        started, rate = time.monotonic(), learning_rate(step, len(batches), lr)
         micros = data.micro_batches(batches[step], parts, micro_tokens, rank, world)
-        for k, micro in enumerate(micros):
-            group = [examples[i] for i in micro] or examples[:1]
-            if world > 1:
-                policy.set_requires_gradient_sync(not defer_sync or k + 1 == len(micros))
-            with autocast():
-                losses, metrics = losses_of(policy, group)
-            weight = len(micro) > 0  # an empty micro-batch takes part with weight 0
-            # FSDP averages gradients over ranks; times world makes it the sum, over the global count the mean.
-            (losses.sum() * weight * world / len(batches[step])).backward()
-            for name, values in {"loss": losses, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + values.detach().float().sum() * weight
-        norm = nn.utils.clip_grad_norm_(trained, clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # on every rank: it communicates
-        optimizer.step()
-        optimizer.zero_grad()
-        values = torch.stack(list(sums.values())) / len(batches[step])
-        if world > 1:
-            dist.all_reduce(values)
-        line = {"step": step, **{k: round(v, 6) for k, v in zip(sums, values.tolist())},
-                "grad_norm": round(norm.item(), 6), "lr": rate,
-                "tokens_per_s": round(tokens / (time.monotonic() - started))}
-        log.append(line)
-        if rank == 0:
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(data.dump(line) + "\n")
-            print(step_line(out.name, line, len(batches)), flush=True)
-        if not math.isfinite(line["loss"]):
-            raise SystemExit(f"step {step}: the loss is {line['loss']}. Lower --lr, or look for a broken pair.")
-        if (step + 1) % save_every == 0 and step + 1 < len(batches):
-            save_checkpoint(out, policy, optimizer, step + 1, rank)
+        values, norm = take_step(policy, optimizer, rate, [[examples[i] for i in micro] for micro in micros], examples[:1],
+                                 len(batches[step]), losses_of, autocast, clip, world, defer_sync)
+        log.append({"step": step, **values, "grad_norm": norm, "lr": rate,
+                    "tokens_per_s": round(data.tokens_of(batches[step], parts) / (time.monotonic() - started))})
+        end_step(policy, optimizer, out, log[-1], len(batches), save_every, rank)
     return log
 
 
-def training_state(policy, optimizer):
-    """Weights and optimizer state. Nothing draws random numbers, and rate and data position follow from the step."""
-    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    return {"model": weights, "optimizer": moments}
-
-
-def save_checkpoint(out, policy, optimizer, step, rank):
-    """Store the training state (a shard a rank) under a temporary name, then rename; keep the newest only."""
-    temporary, final = out / "checkpoint.tmp", out / f"checkpoint-{step}"
-    dcp.save(training_state(policy, optimizer), checkpoint_id=temporary)  # overwrites a torn one; returns when all have
+def end_step(policy, optimizer, out, line, steps, save_every, rank=0):
+    """Write a step's metrics to `out/metrics.jsonl` and for people, and a checkpoint if it is due."""
     if rank == 0:
-        os.replace(temporary, final)
-        for old in out.glob("checkpoint-*"):
-            if old != final:
-                shutil.rmtree(old)
-
-
-def load_checkpoint(out, policy, optimizer):
-    """Restore the newest checkpoint, of any number of ranks; returns the step to go on from, 0 where there is none."""
-    steps = [int(p.name.split("-")[1]) for p in out.glob("checkpoint-*")]
-    if not steps:
-        return 0
-    dcp.load(state := training_state(policy, optimizer), checkpoint_id=out / f"checkpoint-{max(steps)}")
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=StateDictOptions(strict=False))  # frozen weights are not in it
-    return max(steps)
+        with open(out / "metrics.jsonl", "a") as f:
+            f.write(data.dump(line) + "\n")
+        print(step_line(out.name, line, steps), flush=True)
+    step = line["step"] + 1
+    if not math.isfinite(line["loss"]):
+        raise SystemExit(f"step {step}: the loss is {line['loss']}. Lower --lr, or look for a broken pair.")
+    if step % save_every == 0 and step < steps:
+        checkpoint.save(out, policy, optimizer, step, rank)
 
 
 def save_model(policy, tokenizer, out, rank, dtype, limit=5 * 10 ** 9):
@@ -422,11 +412,16 @@ def load_completions(paths, tokenizer, max_length):
     return examples, dropped
 
 
-def run(args):
-    """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
-    for flag in ("batch_size", "micro_tokens", "max_length", "epochs", "save_every"):
+def refuse_below_1(args, *flags):
+    """Raise SystemExit for a flag that counts something and is below 1."""
+    for flag in flags:
         if getattr(args, flag) < 1:
             raise SystemExit(f"--{flag.replace('_', '-')} must be at least 1.")
+
+
+def run(args):
+    """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
+    refuse_below_1(args, "batch_size", "micro_tokens", "max_length", "epochs", "save_every")
     device, rank, world = start_distributed(args.device)
     out, files = Path(args.out), args.pairs if args.command == "train" else args.data
     reference = getattr(args, "reference", None) or args.model
@@ -472,10 +467,9 @@ def run(args):
         del policy  # never two models at once
         policy, autocast = load(args.model)
     if examples:
-        log = fit(policy, examples, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast,
-                  batches=batches, lr=args.lr, weight_decay=args.weight_decay, clip=args.clip,
-                  micro_tokens=args.micro_tokens, save_every=args.save_every,
-                  defer_sync=args.defer_sync)
+        log = fit(policy, examples, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast, batches=batches,
+                  lr=args.lr, weight_decay=args.weight_decay, clip=args.clip, micro_tokens=args.micro_tokens,
+                  save_every=args.save_every, defer_sync=args.defer_sync)
     dtype = lm_code.stored_dtype(args.model) if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     save_model(policy, tokenizer, out, rank, dtype)
     if rank == 0:
@@ -491,6 +485,7 @@ def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="ipo.py", description="Train on preference pairs (or completions).")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("grpo", help="the paper's baseline GRPO (extras/grpo.py)", add_help=False)  # see `main`
     for name, text, lr in (("train", "preference training, Eq. 4", 1e-6), ("sft", "supervised fine-tuning", 1e-5),
                            ("plan", "memory and speed of training, from the model's config alone", None)):
         p = commands.add_parser(name, help=text, description=text,
@@ -501,10 +496,7 @@ def build_parser():
         p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
         p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="compute dtype")
         if name == "plan":
-            p.add_argument("--gpus", type=int, default=1, help="ranks")
-            p.add_argument("--gpu-memory", type=float, default=80, help="GB of each")
-            p.add_argument("--tflops", type=float, default=989, help="peak of each in the compute dtype (H100: 989)")
-            p.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+            plan.add_flags(p)
             continue
         p.add_argument("--out", required=True, help="directory for the trained model")
         if name == "train":
@@ -541,6 +533,10 @@ def build_parser():
 
 def main(argv=None):
     """Run one stage from the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["grpo"]:
+        from extras import grpo  # it needs this module, so it can't be imported above
+        return grpo.main(argv[1:])
     args = build_parser().parse_args(argv)
     if args.command != "plan":
         return run(args)

@@ -3,6 +3,7 @@
 #
 #   bash run.sh                 everything on the embedded model, a few minutes on two CPU cores
 #   bash run.sh test            the tests
+#   bash run.sh baselines       SFT, DPO and GRPO beside IPO, about an hour (QUICK=1: 10 minutes; METHODS, LRS, SEEDS)
 #
 # A second run skips the stages that are finished. Full size, same code path (see README.md):
 #
@@ -65,8 +66,8 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}      # threads that spin whil
 
 if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q "${@:2}"
-elif [ $# -gt 0 ]; then
-    echo "usage: [VARIABLE=value ...] bash run.sh [test]   (variables: see the top of this file)" >&2; exit 2
+elif [ "${*:-baselines}" != baselines ]; then
+    echo "usage: [VARIABLE=value ...] bash run.sh [test|baselines]   (variables: see the top of this file)" >&2; exit 2
 fi
 
 # ------------------------------------------------------------------------------------------------------------ the stages
@@ -76,6 +77,17 @@ judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} $JUDGE_AR
 server=(${SERVER:+--server "$SERVER"})                  # holds the base model; trained models are sampled here
 train=("$PYTHON" ipo.py train $TRAIN_ARGS)
 if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train $TRAIN_ARGS); fi
+
+if [ "${1:-}" = baselines ]; then                       # $RUN is only looked at, for IPO with both stages
+    if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi  # too small to gain by more
+    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1}; fi
+    evaluating=(--judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"})
+    exec "$PYTHON" -m extras.baselines run --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" \
+        --set $EVAL --triggers "$TRIGGERS" --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
+        --judging="${judging[*]}" --eval-judging="${evaluating[*]}" --train-args="$TRAIN_ARGS" \
+        --main-job "$RUN" --out "${BASELINES:-runs/baselines}" ${METHODS:+--methods $METHODS} \
+        ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS}
+fi
 stage() { echo "--- $1 (${SECONDS}s)"; shift; "$@"; }
 
 stage "rollouts of the base model" "$PYTHON" intervene.py rollouts --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" \

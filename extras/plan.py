@@ -28,6 +28,14 @@ def memory(lm, gpus, micro_tokens, dtype, checkpointed, lora_rank=0, device="cud
     }, (4 if lora_rank else 6) * (total - vocabulary * (not c.tie_word_embeddings))
 
 
+def add_flags(p):
+    """The flags of the stage `plan` alone (`argparse`)."""
+    p.add_argument("--gpus", type=int, default=1, help="ranks")
+    p.add_argument("--gpu-memory", type=float, default=80, help="GB of each")
+    p.add_argument("--tflops", type=float, default=989, help="peak of each in the compute dtype (H100: 989)")
+    p.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached")
+
+
 def show(args, lm, dtype):
     """Print the table of the stage `plan`, and whether it fits."""
     total, trained, kinds, operations = memory(lm, args.gpus, args.micro_tokens, dtype, args.checkpoint_activations,
