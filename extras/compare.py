@@ -21,8 +21,8 @@ def layout(runs):
     """The columns: each set, and behind several harmful sets or several tasks their average."""
     kinds = {name: kind for sets in runs.values() for name, (kind, _) in sets.items()}
     has = {(name, metric) for sets in runs.values() for name, (_, found) in sets.items() for metric in found}
-    columns, groups = [], grouped(kinds, ["harmful" if k == "harmful" else "" if k in BLOCKS and k != "code" else "tasks"
-                                          for k in kinds.values()])
+    group_of = {"harmful": "harmful", "benign": "", "xstest": ""}
+    columns, groups = [], grouped(kinds, [group_of.get(kind, "tasks") for kind in kinds.values()])
     for group in ("harmful", "", "tasks"):
         names = groups.get(group, [])
         for name in names:
@@ -38,8 +38,8 @@ def layout(runs):
 def result(run, names, metric, base=None):
     """Mean over sets with its interval; with a base, of the difference to it on the prompts that both have values of.
 
-    run, base: {set: (kind, {metric: (values, prompts)})}. The sets are drawn independently, the two runs together; that
-    of the four invented prompts (see `resample`) one is a hit of both runs, one of neither, one of each alone.
+    run, base: {set: (kind, {metric: (values, prompts)})}. The sets are drawn independently, the two runs together: of the
+    four parts of prompts that `resample` invents, one is a hit of both runs, one of neither, one of each alone.
     """
     means, draws = [], []
     for seed, name in enumerate(names):
@@ -52,7 +52,7 @@ def result(run, names, metric, base=None):
         drawn = resample(sides[0], seed=seed)
         means.append(mean - other if base else mean)
         draws.append(drawn - resample(sides[1], seed=seed, invented=(0, 1, 0, 1)) if base else drawn)
-    return {**interval(np.mean(means), np.mean(draws, axis=0)), "signed": base is not None}
+    return {**interval(np.mean(means), np.mean(draws, axis=0), (-1, 1) if base else (0, 1)), "signed": base is not None}
 
 
 def valid(run, name, metric):
@@ -65,39 +65,45 @@ def valid(run, name, metric):
 def compare_rows(runs, paper=None):
     """(columns, rows, notes) of runs {name: {set: (kind, {metric: (values, prompts)})}}; paper: a model in paper.json."""
     columns, (first, *others) = layout(runs), runs
-    rows = [(run, [[result(runs[run], names, m) for m in metrics] for _, metrics, names in columns]) for run in runs]
-    rows += [(f"{run} − {first}", [[result(runs[run], names, m, runs[first]) for m in metrics] for _, metrics, names in columns])
-             for run in others]
+
+    def row(run, *base):
+        return [[result(run, names, metric, *base) for metric in metrics] for _, metrics, names in columns]
+    rows = [(run, row(runs[run])) for run in runs] + [(f"{run} − {first}", row(runs[run], runs[first])) for run in others]
     notes = ["Per cent, with 95% bootstrap intervals over prompts; differences are paired, in percentage points."]
     for name in runs[first]:
         for run in others:
             a, b = ({p for _, prompts in r.get(name, ("", {}))[1].values() for p in prompts} for r in (runs[first], runs[run]))
             if a != b and b:
                 notes.append(f"{name}: {len(a & b)} prompts are in both {first} ({len(a)}) and {run} ({len(b)}).")
-    if paper:
-        told = json.loads(PAPER.read_text(encoding="utf-8"))
-        rows += [(f"{method} (the paper's)", [[told_by(told["sets"], figures, names, m) for m in metrics] for _, metrics, names in columns])
-                 for method, figures in told["models"][paper].items()]
-        notes.append(f"The paper's: figures of {paper} as printed in {told['source'].partition(',')[0]}, by its own judge.")
-    return columns, rows, notes
+    theirs = paper_rows(paper, columns) if paper else []
+    if theirs:
+        notes.append(f"The paper's: figures of {paper} in arXiv 2509.24393, by the paper's own judge.")
+    return columns, rows + theirs, notes
+
+
+def paper_rows(model, columns):
+    """The rows of the paper's table that say something about these columns. Raises SystemExit for a model it does not have."""
+    told = json.loads(PAPER.read_text(encoding="utf-8"))
+    if model not in told["models"]:
+        raise SystemExit(f"--paper {model}: there are figures of {', '.join(told['models'])}.")
+    rows = [(f"{method} (the paper's)", [[told_by(told["sets"], figures, names, metric) for metric in metrics]
+                                         for _, metrics, names in columns]) for method, figures in told["models"][model].items()]
+    return [row for row in rows if any(map(any, row[1]))]
 
 
 def told_by(sets, figures, names, metric):
-    """The paper's figure for a column, or None; its average only where the column averages the paper's sets."""
-    keys = [next((k for k in figures if name.startswith(k)), name) for name in names]
-    if len(keys) > 1:
-        keys = ["average"] if sorted(name_of(sets[metric], n) for n in names) == sorted(sets[metric]) else [""]
-    value = figures.get(keys[0], {}).get(metric)
-    return None if value is None else {"mean": value / 100}
+    """The paper's figure for a column, or None; its average only where the column averages the paper's sets.
 
+    The paper's name of a set may be the beginning of ours: "gpqa" of "gpqa-diamond".
 
-def name_of(known, name):
-    """The paper's name of a set ("gpqa" of "gpqa-diamond"), or its own.
-
-    >>> name_of(["gpqa", "jbb"], "gpqa-diamond")
-    'gpqa'
+    >>> told_by({"accuracy": ["gpqa"]}, {"gpqa": {"accuracy": 49.0}}, ["gpqa-diamond"], "accuracy")
+    {'mean': 0.49}
     """
-    return next((k for k in known if name.startswith(k)), name)
+    known = sets.get(metric, list(figures))
+    keys = [next((k for k in known if name.startswith(k)), name) for name in names]
+    key = keys[0] if len(keys) == 1 else "average" if sorted(keys) == sorted(known) else None
+    value = figures.get(key, {}).get(metric)
+    return None if value is None else {"mean": value / 100}
 
 
 def to_markdown(columns, rows, notes):

@@ -5,21 +5,23 @@ import numpy as np
 
 
 def resample(groups, draws=2000, seed=0, invented=(0, 0, 1, 1)):
-    """Bootstrap means float64 (draws,): prompts are resampled, because the samples of one prompt are not independent.
+    """Means float64 (draws,) under random weights of the prompts, which the samples of one prompt share: they depend.
 
-    groups: for each prompt the list of its values, from 0 to 1. CHOICE: as in Agresti and Coull's interval, four invented
-    prompts of middling size join the draw, two that score 0 and two that score 1. Without them 30 prompts without a hit
-    would have the interval [0, 0]: at a true rate of 5% such intervals cover it in 76% of cases, with them in 92%.
+    groups: for each prompt the list of its values, from 0 to 1. CHOICE: Rubin's Bayesian bootstrap, whose weights are
+    exponential where the usual one counts how often a prompt was drawn; and two thirds of an invented prompt that scores 0,
+    two thirds of one that scores 1 (each in two parts, so that two runs can pair them). The usual one fails near 0: of 30
+    prompts at a true rate of 2% its 95% interval, most often [0, 0], holds the rate in 45% of cases, this one in 98%. Of
+    one sample each of 30 to 313 prompts at any rate from 2 to 98%, it holds in 92% or more, on average in 95%.
     """
-    total, count = (np.array([f(g) for g in groups], float) for f in (sum, len))
-    total, count = (np.append(x, count.mean() * np.array(more)) for x, more in ((total, invented), (count, (1, 1, 1, 1))))
-    picks = np.random.default_rng(seed).integers(len(total), size=(draws, len(total)))
-    return total[picks].sum(1) / count[picks].sum(1)
+    rng, (total, count) = np.random.default_rng(seed), (np.array([f(g) for g in groups], float) for f in (sum, len))
+    weights, more = rng.standard_exponential((draws, len(total))), rng.standard_gamma(1 / 3, (draws, 4)) * count.mean()
+    return (weights @ total + more @ np.array(invented)) / (weights @ count + more.sum(1))
 
 
-def interval(mean, drawn):
-    """`{"mean", "low", "high"}` of a mean and its bootstrap draws (95% percentile interval)."""
-    return dict(zip(("mean", "low", "high"), (float(mean), *np.percentile(drawn, (2.5, 97.5)).tolist())))
+def interval(mean, drawn, edges=(0, 1)):
+    """`{"mean", "low", "high"}` of a mean and its draws: 95% percentiles, but the edge itself where the mean is on it."""
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return {"mean": float(mean), "low": float(mean if mean == edges[0] else low), "high": float(mean if mean == edges[1] else high)}
 
 
 def grouped(values, prompts):
@@ -38,7 +40,7 @@ def bootstrap(values, prompts, draws=2000, seed=0):
     """Mean of values from 0 to 1 and 95% interval over prompts: {"mean", "low", "high", "n"}; mean None if n is 0.
 
     >>> {k: round(v, 2) for k, v in bootstrap([0.0] * 40, range(40)).items()}
-    {'mean': 0.0, 'low': 0.0, 'high': 0.11, 'n': 40}
+    {'mean': 0.0, 'low': 0.0, 'high': 0.07, 'n': 40}
     """
     if not values:
         return {"mean": None, "low": None, "high": None, "n": 0}
