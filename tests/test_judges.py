@@ -342,7 +342,7 @@ def test_the_stage_tells_what_it_cost_and_what_is_missing(tmp_path, capsys):
         assert verdicts["t3"] == {"id": "t3", "reasoning_safe": None, "response_safe": True, "cue": None}
         assert verdicts["t6"] == {"id": "t6", "reasoning_safe": False, "response_safe": False, "cue": 2}
     measured = evaluate.measure([None if v["reasoning_safe"] is None else not v["reasoning_safe"] for v in verdicts.values()],
-                                [{"prompt_id": i} for i in verdicts])
+                                list(verdicts))
     assert measured["n_unjudged"] == 1 and measured["n"] == 11 and measured["bounds"] == [3 / 12, 4 / 12]
 
 

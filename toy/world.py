@@ -336,4 +336,4 @@ class RulesJudge:
                      if i > 1 and (self.commits.search(s) or self.instructs.search(s))), 0)
 
     def _compliance(self, item):
-        return bool(self.answers.search(item["text"])) and not self.refuses.search(item["text"])
+        return "full" if self.answers.search(item["text"]) and not self.refuses.search(item["text"]) else "refusal"
