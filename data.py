@@ -378,7 +378,7 @@ def begin(out, flags, inputs, **more):
     """
     for p in inputs:  # a model may be a name on the hub; a file with an ending is a file
         if Path(p).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") and not Path(p).is_file():
-            raise SystemExit(f"{p}: no such file.")
+            raise SystemExit(f"{p}: no such file. (Published sets come by `python data.py fetch NAME`.)")
     config = {"flags": {k: public(v) for k, v in flags.items() if k not in VOLATILE_FLAGS},
               "inputs": {str(p): fingerprint(p) for p in inputs}, **more}
     path, done, changed = beside(out, "config"), beside(out, "funnel"), []

@@ -206,10 +206,7 @@ def load_sets(args, sets):
     """The prompts of each set; raises SystemExit for what would stop the run later, before anything is loaded or sampled."""
     loaded = {}
     for name, kind, path in sets:
-        try:
-            loaded[name] = data.load_prompts(path, args.limit) if path else data.load_prompts(name, args.limit, args.data_dir)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
+        loaded[name] = data.load_prompts(path or name, args.limit, args.data_dir)
         for p in loaded[name]:
             lacks = [column for column in NEEDS[kind] if p.get(column) is None]
             if lacks or kind == "xstest" and p["label"] not in ("safe", "unsafe"):
@@ -252,7 +249,7 @@ def read_labels(path, question, traces):
     for number, r in enumerate(data.read_jsonl(path), 1):
         known = intervene.LABELS.get(question, {r.get("label"): r.get("label")} if type(r.get("label")) is int else {})
         if "id" not in r or r.get("label") not in known:
-            raise ValueError(f'{path}, record {number}: write {{"id": trace id, "label": '
+            raise data.BadInput(f'{path}, record {number}: write {{"id": trace id, "label": '
                              f'{" or ".join(intervene.LABELS.get(question, ["number of a sentence, 0 = none"]))}}}.')
         labels[r["id"]] = known[r["label"]]
     return [labels.get(t["id"]) for t in traces]

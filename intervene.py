@@ -493,7 +493,7 @@ def run_benign(args):
     return counts, {}
 
 
-FILES = {"prompts": "prompts: .jsonl, .json, .csv, .tsv or .txt", "traces": "trace records (.jsonl)", "steps": "step records (.jsonl)",
+FILES = {"prompts": "prompts: .jsonl, .json, .csv, .tsv, .txt, or the name of a set (see data.py fetch)", "traces": "trace records (.jsonl)", "steps": "step records (.jsonl)",
          "verdicts": "verdict records (.jsonl)", "base": "the base model's traces on the same prompts (.jsonl)"}
 STAGES = {  # function, purpose, input files
     "rollouts": (run_rollouts, "sample reasoning and response for each prompt", ("prompts",)),
@@ -552,7 +552,8 @@ def main(argv=None):
     def books():
         counts, more = work(args)
         return counts, {**more, "judge": args.judge.summary() if "judge" in flags else {}}
-    data.stage(args.out, flags, [flags[k] for k in ("model", "triggers", *files) if k in flags], books)
+    data.stage(args.out, flags, [data.prompts_path(flags[k]) if k == "prompts" else flags[k]
+                                  for k in ("model", "triggers", *files) if k in flags], books)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import model as lm_code
 METHODS = {"sft": "SFT on chosen", "dpo": "DPO, whole trajectory", "dpo-independent": "DPO, independent rollouts",
            "grpo-response": "GRPO, I[y safe]", "grpo-gap": "GRPO, I[z safe] - I[y safe]", "grpo-reasoning": "GRPO, I[z safe]",
            "ipo": "IPO, stage 1"}
+SHOWN = ("reasoning", "response", "compliance", "accuracy")
 COSTS = ("generations", "judge_calls", "seconds", "cpu_seconds")  # of the data and the training, not of the evaluation
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student, by n
 
@@ -155,8 +156,7 @@ def trial(args, results, method, lr, seed, part, sets, samples):
                        "--samples", samples, "--seed", seed, "--set", *sets,
                        "--out", Path(args.out) / f"seed{seed}" / f"{part}-{method}-{lr}")
         measured = json.loads((folder / "metrics.json").read_text())["sets"]
-        metrics = {f"{name}/{metric}": entry[metric]["mean"] for name, entry in measured.items()
-                   for metric in evaluate.METRICS[entry["kind"]]}
+        metrics = {f"{name}/{metric}": entry[metric]["mean"] for name, entry in measured.items() for metric in SHOWN if metric in entry}
         if None in metrics.values():
             raise SystemExit(f"{folder}: a metric has no verdicts at all. Look at the judge, delete the folder, start again.")
         results.write({"id": id, "method": method, "lr": lr, "seed": seed, "part": part, "metrics": metrics, **cost})
@@ -213,7 +213,7 @@ def main_job(folder):
     if evaluated.exists():
         sets = json.loads(evaluated.read_text())["sets"]
         rows.append({"method": "IPO, stages 1 and 2 (main job)", "lr": "-", "seeds": ["-"], "killed_before": False, "metrics": {
-            f"{name}/{m}": interval([e[m]["mean"]]) for name, e in sets.items() for m in evaluate.METRICS[e["kind"]]}})
+            f"{name}/{m}": interval([e[m]["mean"]]) for name, e in sets.items() for m in SHOWN if m in e}})
     return rows
 
 
