@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 import intervene
 import model as lm_code
-from extras import sandbox, scoring
+from extras import figures, sandbox, scoring
 from extras.client import in_parallel
 from extras.compare import compare_rows, to_csv, to_markdown
 from extras.intervals import agreement, bootstrap, grouped
@@ -340,9 +340,17 @@ def report(args):
     pairs.sort(key=lambda p: data.digest(p["id"]))  # a fixed, arbitrary choice
     harmful = [name for name, entry in next(iter(evals.values()))["sets"].items() if entry["kind"] == "harmful"]
     data.write_text(args.out, page(run_dir.name, list(evals), rows, cells, funnels, logs, pairs[:args.examples],
-                                   list(folders.values()), harmful, args.examples))
+                                   list(folders.values()), harmful, args.examples, figures.page_part(run_dir, evals)))
     print(aligned([("", *evals), *cells]))
     print(f"report: {args.out}")
+
+
+def measure_figures(args):
+    """Stage `figures`: the analysis of safety dynamics on a finished run, and the report with it."""
+    run, args.out = Path(args.run), args.out or str(Path(args.run) / "report.html")
+    args.evals = args.evals or [f"{m}={run / 'eval' / m}" for m in ("base", "stage1", "stage2") if (run / "eval" / m).is_dir()]
+    figures.measure(args)
+    report(args)
 
 
 def read_verdicts(folder, name, kind):
@@ -410,6 +418,11 @@ def build_parser():
     p.add_argument("--evals", nargs="+", required=True, metavar="NAME=FOLDER", help="models in order, the first is the base")
     p.add_argument("--out", required=True, help="the HTML file to write")
     p.add_argument("--examples", type=int, default=6, help="traces to show of each kind")
+    p = commands.add_parser("figures", help="the paper's figures of a run", description="Measure the safety dynamics of a run and "
+                            "show them in its report.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    figures.add_flags(p)
+    lm_code.add_sampler_flags(p)
+    intervene.add_judge_flags(p)
     return parser
 
 
@@ -436,7 +449,7 @@ def main(argv=None):
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "run")
     args = build_parser().parse_args(argv)
-    {"run": run_stage, "compare": compare, "report": report, "judge-agreement": judge_agreement}[args.command](args)
+    {"run": run_stage, "compare": compare, "report": report, "figures": measure_figures, "judge-agreement": judge_agreement}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ def figure(draw):
     return f'<img alt="figure" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-COLOURS = ("#9aa3ad", "#e2a33b", "#2f7d5b", "#4a6fb5", "#8a5aa8")
 
 def draw_table(plt, models, rows):
     """Bars of every metric for every model, with intervals."""
@@ -138,9 +137,10 @@ ol{margin:.3rem 0;padding-left:1.8rem}li{margin:.15rem 0;padding:.05rem .3rem;bo
 .legend span{padding:.1rem .5rem;border-radius:4px;margin-right:.5rem}
 """
 
-def page(title, models, rows, cells, funnels, logs, pairs, folders, harmful, count):
+def page(title, models, rows, cells, funnels, logs, pairs, folders, harmful, count, dynamics=""):
     """The whole page as a string. models: names; rows: (label, a result for each model); cells: their text; funnels and
-    logs as the stages wrote them; pairs: those to show; folders: of each model's evaluation; harmful: names of sets."""
+    logs as the stages wrote them; pairs: those to show; folders: of each model's evaluation; harmful: names of sets;
+    count: traces to show of each; dynamics: the part of extras/figures.py, as HTML."""
     interventions = [f for f in funnels if f["stage"] == "pairs"]
     table = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in cells)
     by_trigger = "".join(f"<tr><td>{escape(t)}</td><td>{tried}</td><td>{made}</td></tr>"
@@ -152,6 +152,7 @@ def page(title, models, rows, cells, funnels, logs, pairs, folders, harmful, cou
 <h2>Where the pairs came from</h2>{''.join(figure(lambda plt, f=f: draw_funnel(plt, f['counts'])) for f in interventions)}
 <table><tr><th>safety trigger</th><th>interventions</th><th>pairs</th></tr>{by_trigger}</table>
 <h2>Training</h2>{figure(lambda plt: draw_training(plt, logs)) if logs else '<p class=note>No training steps.</p>'}
+{dynamics}
 <h2>Interventions: from an unsafe trace to a pair</h2><p class=legend><span class=prefix>prefix, shared</span>
 <span class=cue>compliance cue</span><span class=bad>unsafe rest</span><span class=trigger>safety trigger</span>
 <span class=kept>the model's own continuation</span></p>{''.join(map(pair_card, pairs)) or '<p class=note>No pairs.</p>'}
