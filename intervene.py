@@ -1,7 +1,7 @@
 """From prompts to preference pairs: rollouts, steps, verdicts, interventions (Section 4, Algorithm 1).
 
     python intervene.py rollouts --model M --prompts prompts.jsonl --out runs/my/rollouts.jsonl
-    python intervene.py {steps,judge,pairs,benign} --help         # run.sh calls them in order
+    python intervene.py {steps,judge,pairs,benign} --help         # run.sh calls them in order; the others are analysis
 
 A *trace* is everything a model produced after a prompt. Its record holds the token ids (`prompt_ids`, `ids`), of which
 the first `forced` were put there by an intervention and the rest sampled; all cutting is done on those ids, and no
@@ -143,8 +143,7 @@ class ChatJudge:
 
     def _ask(self, question, item):
         answer = {"type": "string", "enum": list(LABELS[question])} if question in LABELS else {"type": "integer"}
-        return self.chat.verdict(
-            [self.content(question, item, structured) for structured in (False, True)],
+        return self.chat.verdict([self.content(question, item, structured) for structured in (False, True)],
             {"type": "object", "additionalProperties": False, "required": ["reason", "answer"],
              "properties": {"reason": {"type": "string"}, "answer": answer}},
             lambda text, structured: parse_answer(question, text, len(item.get("steps", ())), structured), self.name, question)
@@ -499,8 +498,7 @@ STAGES = {  # function, purpose, input files
     "rollouts": (run_rollouts, "sample reasoning and response for each prompt", ("prompts",)),
     "steps": (run_steps, "cut the reasoning of traces into sentences", ("traces",)),
     "judge": (run_judge, "judge reasoning and responses, find the first compliance cue", ("traces", "steps")),
-    "pairs": (run_pairs, "put triggers in place of cues, let the model continue, keep the safe ones as pairs",
-              ("traces", "steps", "verdicts")),
+    "pairs": (run_pairs, "put triggers in place of cues, continue, keep the safe ones as pairs", ("traces", "steps", "verdicts")),
     "benign": (run_benign, "pairs against over-refusal: answer preferred over refusal", ("traces", "base"))}
 
 
@@ -521,9 +519,10 @@ def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="intervene.py", description="From prompts to preference pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, text, files) in STAGES.items():
-        p = commands.add_parser(name, help=text, description=text,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    from extras import dynamics  # here, because the analysis of safety dynamics is made of this module's parts
+    for name, (work, text, files, *more) in {**STAGES, **dynamics.STAGES}.items():
+        p = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(stage=(work, files))
         p.add_argument("--out", required=True, help="file to write (.jsonl)")
         for file in files:
             p.add_argument("--" + file, required=True, help=FILES[file])
@@ -538,22 +537,23 @@ def build_parser():
             p.add_argument("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
         if name == "pairs":
             p.add_argument("--max-interventions", type=int, default=1, help="the paper's N: rounds of intervention")
+        for add_flags in more:
+            add_flags(p)
     return parser
 
 
 def main(argv=None):
     """Run one stage from the command line."""
     args = build_parser().parse_args(argv)
-    flags, (work, _, files) = dict(vars(args)), STAGES[args.command]
+    flags, (work, files) = {k: v for k, v in vars(args).items() if k != "stage"}, args.stage
     if "judge" in flags:  # with a hash of its rules or prompts, so that verdicts of different ones are never mixed
         args.judge = judge_of(args)
         flags["judge"] = args.judge.name
-
     def books():
         counts, more = work(args)
         return counts, {**more, "judge": args.judge.summary() if "judge" in flags else {}}
-    data.stage(args.out, flags, [data.prompts_path(flags[k]) if k == "prompts" else flags[k]
-                                  for k in ("model", "triggers", *files) if k in flags], books)
+    data.stage(args.out, flags, [data.prompts_path(flags[k]) if k == "prompts" else flags[k] for k in
+                                 ("model", "triggers", "reference", "csr", "points", *files) if k in flags], books)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ def figure(draw):
     return f'<img alt="figure" src="data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-
 def draw_table(plt, models, rows):
     """Bars of every metric for every model, with intervals."""
     rows = [(label, results) for label, results in rows if any(x and x["mean"] is not None for x in results)]
