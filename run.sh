@@ -3,6 +3,7 @@
 #
 #   bash run.sh                 everything on the embedded model, a few minutes on two CPU cores
 #   bash run.sh test            the tests
+#   bash run.sh figures         after it: continuation safety ratio, mined triggers, every figure of the paper, in the report
 #   bash run.sh baselines       SFT, DPO and GRPO beside IPO, about an hour (QUICK=1: 10 minutes; METHODS, LRS, SEEDS)
 #
 # A second run skips the stages that are finished. Full size, same code path (see README.md):
@@ -15,14 +16,17 @@ cd "$(dirname "$0")"
 MODEL=${MODEL:-toy/model}                               # directory or hub name
 PROMPTS=${PROMPTS:-toy/prompts/train_harmful.jsonl}     # harmful prompts to learn from
 BENIGN=${BENIGN:-toy/prompts/train_benign.jsonl}        # benign prompts for the over-refusal stage
-EVAL=${EVAL:-direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/prompts/eval_jailbreak.jsonl
+SETS=${SETS:-}                                          # published sets to evaluate on, by name: jbb,strongreject,xstest,math500
+EVAL=${EVAL-direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/prompts/eval_jailbreak.jsonl
     benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl}
+if [ -n "$SETS" ] && [[ "$EVAL" == *toy/* ]]; then EVAL=; fi
 JUDGE=${JUDGE:-rules}                                   # `rules` (toy world) or a chat endpoint, https://HOST/v1
 JUDGE_MODEL=${JUDGE_MODEL:-}                            # the endpoint's model
 JUDGE_ARGS=${JUDGE_ARGS:-}                              # more flags for it, such as --max-cost 20 --judge-price-in 2.5
 EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}                        # evaluates; better another one than the judge that built the data
 EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
 if [ "$EVAL_JUDGE" = "$JUDGE" ]; then EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-$JUDGE_ARGS}; fi
+EVAL_ARGS=${EVAL_ARGS:-}                                # more flags for evaluation, such as --allow-code-execution
 SERVER=${SERVER:-}                                      # sample the base model from this server, http://HOST:PORT/v1
 NPROC=${NPROC:-1}                                       # processes (GPUs) to train on
 RUN=${RUN:-runs/toy}                                    # where everything is written
@@ -66,8 +70,8 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}      # threads that spin whil
 
 if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q "${@:2}"
-elif [ "${*:-baselines}" != baselines ]; then
-    echo "usage: [VARIABLE=value ...] bash run.sh [test|baselines]   (variables: see the top of this file)" >&2; exit 2
+elif [ $# -gt 1 ] || [[ " baselines figures " != *" ${1:-figures} "* ]]; then
+    echo "usage: [VARIABLE=value ...] bash run.sh [test|figures|baselines]   (variables: see the top of this file)" >&2; exit 2
 fi
 
 # ------------------------------------------------------------------------------------------------------------ the stages
@@ -89,6 +93,17 @@ if [ "${1:-}" = baselines ]; then                       # $RUN is only looked at
         ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS}
 fi
 stage() { echo "--- $1 (${SECONDS}s)"; shift; "$@"; }
+
+if [ "${1:-}" = figures ]; then
+    if [ ! -f "$RUN/report.html" ]; then echo "no finished run in $RUN: bash run.sh first" >&2; exit 2; fi
+    stage "SFT on the chosen sides, for Figure 7" "$PYTHON" ipo.py sft $TRAIN_ARGS --model "$MODEL" --data "$RUN/pairs.jsonl" --lr "$LR" \
+        --seed "$SEED" --out "$RUN/sft"
+    stage "DPO on whole trajectories, for Figure 7" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" \
+        --seed "$SEED" --out "$RUN/dpo"
+    stage "analysis" "$PYTHON" evaluate.py figures --run "$RUN" --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" "${judging[@]}" \
+        --kl "IPO, stage 1=$RUN/stage1" "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
+    echo "finished in $((SECONDS - started)) s"; exit
+fi
 
 stage "rollouts of the base model" "$PYTHON" intervene.py rollouts --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" \
     --prompts "$PROMPTS" --limit "$LIMIT" --samples "$SAMPLES" --out "$RUN/rollouts.jsonl"
@@ -112,7 +127,7 @@ for model in base stage1 stage2; do
     path=$RUN/$model
     if [ $model = base ]; then path=$MODEL; fi
     stage "evaluation of $model" "$PYTHON" evaluate.py run --model "$path" "${sampling[@]}" --judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} \
-        --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"} --set $EVAL --out "$RUN/eval/$model"
+        --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"} ${EVAL:+--set $EVAL} ${SETS:+--sets $SETS} $EVAL_ARGS --out "$RUN/eval/$model"
 done
 echo
 "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \

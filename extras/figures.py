@@ -7,7 +7,6 @@ import json
 from html import escape
 from pathlib import Path
 
-import data
 import intervene
 from extras.estimates import show
 from extras.report import COLOURS, figure
