@@ -12,6 +12,9 @@
 #   JUDGE=https://api.openai.com/v1 JUDGE_MODEL=gpt-4o NPROC=8 RUN=runs/ds8b bash run.sh
 set -euo pipefail
 cd "$(dirname "$0")"
+if [[ " test figures baselines " != *" ${1:-test} "* ]]; then
+    echo "usage: [VARIABLE=value ...] bash run.sh [test|figures|baselines]   (variables: see the top of this file)" >&2; exit 2
+fi
 
 MODEL=${MODEL:-toy/model}                               # directory or hub name
 PROMPTS=${PROMPTS:-toy/prompts/train_harmful.jsonl}     # harmful prompts to learn from
@@ -70,8 +73,6 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}      # threads that spin whil
 
 if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q "${@:2}"
-elif [ $# -gt 1 ] || [[ " baselines figures " != *" ${1:-figures} "* ]]; then
-    echo "usage: [VARIABLE=value ...] bash run.sh [test|figures|baselines]   (variables: see the top of this file)" >&2; exit 2
 fi
 
 # ------------------------------------------------------------------------------------------------------------ the stages
