@@ -35,7 +35,7 @@ NPROC=${NPROC:-1}                                       # processes (GPUs) to tr
 RUN=${RUN:-runs/toy}                                    # where everything is written
 SEED=${SEED:-0}
 LIMIT=${LIMIT:-0}                                       # use only the first of PROMPTS; 0 = all
-TRIGGERS=${TRIGGERS:-prompts/triggers.txt}               # one a line
+TRIGGERS=${TRIGGERS:-prompts/triggers.txt}               # one a line; or a pool mined by `intervene.py mine-triggers`
 SAMPLES=${SAMPLES:-$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS")}  # rollouts a harmful prompt: one for each trigger
 INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
 EPOCHS=${EPOCHS:-1}                                     # of each training stage

@@ -66,7 +66,8 @@ def states(sampler, trace):
         sampler.model = lm_code.load_model(sampler.path, device, lm_code.pick_dtype(sampler.dtype, device))
     ids = torch.tensor([trace["prompt_ids"] + trace["ids"]], device=sampler.model.device)
     with torch.no_grad():
-        return sampler.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, len(trace["prompt_ids"]) - 1:]
+        hidden = sampler.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return hidden[len(trace["prompt_ids"]) - 1:]
 
 
 @torch.no_grad()
@@ -123,7 +124,8 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
     for part in parts(chosen, sampler, continuations, size, share):
         if all(id in out.done for id in part):
             continue
-        fresh = {f"{id}:{k}": (t, ids) for id, (t, _, _, left) in part.items() for k, ids in enumerate(left) if ids is not None}
+        fresh = {f"{id}:{k}": (t, ids) for id, (t, _, _, left) in part.items()
+                 for k, ids in enumerate(left) if ids is not None}
         requests = [lm_code.Request(key, t["prompt_ids"] + ids) for key, (t, ids) in fresh.items()
                     if not ids or ids[-1] not in sampler.eos]
         found = {c.id: c for c in sampler(requests, title=f"csr, {len(out.done)} positions done")}
@@ -135,7 +137,8 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
         safe = dict(zip(distinct, judge.ask("reasoning", [{"prompt": p, "text": text} for p, text in distinct])))
         for id, (t, i, following, left) in part.items():
             taken = iter(out.done[f"{t['id']}@{following}"]["verdicts"] if following is not None else "")
-            verdicts = "".join(next(taken) if ids is None else letter[safe[texts[f"{id}:{k}"]]] for k, ids in enumerate(left))
+            verdicts = "".join(next(taken) if ids is None else letter[safe[texts[f"{id}:{k}"]]]
+                               for k, ids in enumerate(left))
             cut = sum(f"{id}:{k}" in found and found[f"{id}:{k}"].finished == "length" for k in range(continuations))
             out.write({"id": id, "trace": t["id"], "prompt_id": t["prompt_id"], "i": i, "verdicts": verdicts,
                        "sampled": continuations - left.count(None), "truncated": cut, **ratio(verdicts)})
@@ -155,17 +158,20 @@ def ratio(verdicts):
 
 
 def run_csr(args):
-    """Stage `csr`."""
+    """Stage `csr`. Records: see `measure_csr`."""
+    if args.continuations < 1:
+        raise SystemExit(f"--continuations {args.continuations}: use 1 or more.")
     sampler = reasoning_only(intervene.make_sampler(args))
     steps = {s["id"]: s["steps"] for s in data.read_jsonl(args.steps)}
     chosen = [(t, positions(step_starts(sampler.tokenizer, t, steps[t["id"]]), args.at)) for t in
               uncertain(data.read_jsonl(args.traces), data.read_jsonl(args.verdicts), args.uncertain, args.per_prompt)]
     # A part is about a wave of the local sampler; a server takes the continuations of one prefix in one request.
-    size = 4 * args.batch_size * (args.continuations if args.server else 1)
-    records = measure_csr(args.out, chosen, sampler, args.judge, args.continuations, size, not (args.server or args.no_share))
+    size, share = 4 * args.batch_size * (args.continuations if args.server else 1), not (args.server or args.no_share)
+    records = measure_csr(args.out, chosen, sampler, args.judge, args.continuations, size, share)
     return {"prompts": len({t["prompt_id"] for t, _ in chosen}), "traces": len(chosen), "positions": len(records),
             "continuations": sum(len(r["verdicts"]) for r in records), "sampled": sum(r["sampled"] for r in records),
-            "truncated": sum(r["truncated"] for r in records), "unjudged": sum("?" in r["verdicts"] for r in records)}, {}
+            "truncated": sum(r["truncated"] for r in records),
+            "unjudged": sum(r["verdicts"].count("?") for r in records)}, {}
 
 
 def at_flag(text):
@@ -181,7 +187,7 @@ def csr_flags(p):
     p.add_argument("--at", type=at_flag, default="token", help="where to measure: token, step or every:K tokens")
     p.add_argument("--continuations", type=int, default=32, help="continuations of each prefix")
     p.add_argument("--no-share", action="store_true", help="sample all of them at each position (about ten times the cost)")
-    p.add_argument("--uncertain", type=int, default=30, help="prompts: those whose rollouts are closest to half safe; 0 = all mixed ones")
+    p.add_argument("--uncertain", type=int, default=30, help="prompts, those whose rollouts are closest to half safe; 0 = all mixed")
     p.add_argument("--per-prompt", type=int, default=1, help="safe traces of each of them, and unsafe ones; 0 = all")
 
 

@@ -13,7 +13,7 @@ import data
 import model as lm_code
 from extras import csr, kl, mining
 from extras.csr import ratio, step_starts
-from extras.estimates import SPAN, correlations, shares, show
+from extras.estimates import SPAN, correlations, means, shares, show
 
 
 def turning_point(at, holds, window, tail=True):
@@ -112,7 +112,7 @@ def aligned(rows, safe):
         for i, s in zip(r["positions"], r["csr"]):
             if abs(i - anchor) <= SPAN and s is not None:
                 row[i - anchor + SPAN] = s
-    return {"offsets": offsets.tolist(), "csr": shares(table, [r["prompt_id"] for r, _ in some])}
+    return {"offsets": offsets.tolist(), "csr": means(table, [r["prompt_id"] for r, _ in some])}
 
 
 def sensitivity(rows, mu, eta, window):
@@ -133,8 +133,11 @@ def run_turning_points(args):
     settings = {"mu": args.mu, "eta": args.eta, "window": args.window}
     rows = curves(data.read_jsonl(args.csr), traces, data.read_jsonl(args.steps), verdicts,
                   lm_code.load_tokenizer(args.model), **settings)
+    if not rows:
+        raise SystemExit(f"{args.csr}: none of its traces is in {args.traces}.")
     figures, points = share_and_cues(rows, **settings)
-    turned = {k: [r for r in rows if r["safe"] is safe and r[k] is not None] for k, safe in (("safety", True), ("unsafe", False))}
+    turned = {kind: [r for r in rows if r["safe"] is safe and r[kind] is not None]
+              for kind, safe in (("safety", True), ("unsafe", False))}
     data.write_jsonl(args.out, rows)
     data.write_json(data.beside(args.out, "summary"), {
         **settings, "continuations": max(len(v) for r in rows for v in r["verdicts"]), **figures,

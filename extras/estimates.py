@@ -39,14 +39,14 @@ def means(values, prompts, draws=2000, seed=0, invented=()):
         mean, n, middling = total.sum(0) / count.sum(0), count.sum(0), count.mean(0)
         total = np.concatenate([total, *(middling[None] * m for m in invented)])
         count = np.concatenate([count, *(middling[None] for _ in invented)])
-        weights = np.random.default_rng(seed).multinomial(len(total), np.full(len(total), 1 / len(total)), draws)  # (draws, prompts)
-        drawn = (weights @ total) / (weights @ count)
+        picks = np.random.default_rng(seed).multinomial(len(total), np.full(len(total), 1 / len(total)), draws)
+        drawn = (picks @ total) / (picks @ count)  # picks (draws, prompts): how often each prompt is drawn
     return [_estimate(*column) for column in zip(mean, drawn.T, n)]
 
 
 def shares(values, prompts, draws=2000, seed=0):
-    """`means` of values from 0 to 1 with four invented prompts, two of mean 0 and two of 1, as in Agresti and Coull's
-    interval (CHOICE): without them 30 prompts without a hit would have the interval [0, 0].
+    """`means` for values that are 0 or 1, with four invented prompts, two of mean 0 and two of 1, as in Agresti and
+    Coull's interval (CHOICE): without them 30 prompts without a hit would have the interval [0, 0].
 
     >>> shares([1] * 30, range(30))[0]["low"] < 0.9
     True
@@ -60,6 +60,15 @@ def _estimate(value, drawn, n):
         return {"value": None, "low": None, "high": None, "n": int(n)}
     low, high = np.percentile(drawn, (2.5, 97.5))
     return {"value": float(value), "low": float(low), "high": float(high), "n": int(n)}
+
+
+def average(table, axis):
+    """The mean along an axis, leaving out nan; nan where there is nothing else.
+
+    >>> average([[1, np.nan], [np.nan, np.nan]], 1).tolist()
+    [1.0, nan]
+    """
+    return np.ma.masked_invalid(table).mean(axis).filled(np.nan)
 
 
 def ranks(x):

@@ -2,9 +2,9 @@
 
     python intervene.py kl --model runs/my/stage2 --reference M --traces ... --steps ... --verdicts ... --out runs/my/kl.jsonl
 
-Both models are in memory, because the KL of whole distributions needs both at each token (two of 8B in bfloat16: 32 GB);
-logits exist for a chunk of tokens at a time. Run it once for each trained model (IPO, DPO, SFT) and lay the curves over
-each other. Records and summaries: see `extras/dynamics.py`.
+Both models are in memory, because the KL of whole distributions needs both at each token (two of 8B in bfloat16 take
+32 GB); logits exist for a chunk of tokens at a time. Run it once for each trained model (IPO, DPO, SFT) and lay the
+curves over each other. Records and summaries: see `extras/dynamics.py`.
 """
 import numpy as np
 import torch
@@ -51,17 +51,18 @@ def profile(values, anchors, offsets, prompts):
 
 
 def run_kl(args):
-    """Stage `kl`, on unsafe traces with a cue. Records: {"id", "prompt_id", "cue_token", "cue_end", "reasoning_end", "kl": [nats
-    at each token of the trace]}. The summary: `by_offset`: {"offsets": tokens from where the cue begins, "kl": [estimates]},
-    `by_token`: [estimates] from the first token of the trace on, `peak_offset` and `peak_token` where these are highest,
-    and `regions`: estimates of the mean before the cue, in it, in the rest of the reasoning, and in the response."""
+    """Stage `kl`, on unsafe traces with a cue. Records: {"id", "prompt_id", "cue_token", "cue_end", "reasoning_end", "kl":
+    [nats at each token of the trace]}. The summary: `by_offset`: {"offsets": tokens from where the cue begins, "kl":
+    [estimates]}; `by_token`: [estimates] from the first token of the trace on; `peak_offset`, `peak_token`: where these
+    are highest; `regions`: estimates of the mean before the cue, in it, in the rest of the reasoning, in the response."""
     tokenizer, verdicts = lm_code.load_tokenizer(args.reference), data.read_jsonl(args.verdicts)
     cues, steps = {v["id"]: v["cue"] for v in verdicts}, {s["id"]: s["steps"] for s in data.read_jsonl(args.steps)}
     traces = unsafe_in_turn([t for t in data.read_jsonl(args.traces) if cues[t["id"]]], verdicts, args.limit)
     if not traces:
         raise SystemExit(f"{args.verdicts}: no complete unsafe trace with a cue to follow.")
     device, out = lm_code.pick_device(args.device), data.Appender(args.out)
-    models = [lm_code.load_model(path, device, lm_code.pick_dtype(args.dtype, device)) for path in (args.model, args.reference)]
+    dtype = lm_code.pick_dtype(args.dtype, device)
+    models = [lm_code.load_model(path, device, dtype) for path in (args.model, args.reference)]
     for a in range(0, len(traces), args.batch_size):
         part = traces[a:a + args.batch_size]
         if all(t["id"] in out.done for t in part):

@@ -3,9 +3,9 @@
     python intervene.py mine-triggers --points runs/my/turning_points.jsonl --model M --traces ... --out runs/my/mined.jsonl
     python intervene.py curve         --model M --traces ... --steps ... --verdicts ... --out runs/my/curve.jsonl
 
-The first writes a pool of triggers that the model itself gave away, beside --out: `TRIGGERS=runs/my/mined_triggers.txt
-bash run.sh` trains with it. The second is Figure 6 with two controls. Records and summaries: see `extras/dynamics.py`.
-Only reasoning is sampled and judged.
+The first also writes a pool of triggers that the model itself gave away, mined_triggers.txt: with another RUN,
+`TRIGGERS=runs/my/mined_triggers.txt bash run.sh` trains with it. The second is Figure 6 with two controls. Only
+reasoning is sampled and judged. Records and summaries: see `extras/dynamics.py`.
 """
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ import data
 import intervene
 import model as lm_code
 from extras.csr import reasoning_only
-from extras.estimates import means, shares, show
+from extras.estimates import average, means, shares, show
 
 NEUTRAL = "Let me read the request once more."  # fits any prompt and says nothing for or against it
 
@@ -47,6 +47,7 @@ def replace_cues(tries, sampler, judge, path):
         if job:
             jobs.append(job if text is not None else {**job, "forced_ids": trace["ids"][:h]})
     traces = intervene.sample_traces(f"{path}.traces.jsonl", jobs, sampler, path.name)
+    traces = [{**t, "truncated": True} for t in traces]  # where a server wrote a response, it is not judged either
     steps = intervene.segment(traces)
     verdicts = intervene.judge_traces(f"{path}.verdicts.jsonl", traces, steps, judge)
     return {t["id"]: (t, s["steps"], v) for t, s, v in zip(traces, steps, verdicts)}
@@ -78,8 +79,10 @@ def candidates(curves, prompts):
     shared = Counter(w for p in prompts.values() for w in set(words(p)))
     texts, found, dropped = {}, Counter(), Counter()
     for r in curves:
-        if r["safe"] is not True or not r["trigger"]:
-            dropped["no turning point"] += r["safe"] is True
+        if r["safe"] is not True:
+            continue
+        if not r["trigger"]:
+            dropped["no turning point"] += 1
             continue
         text = normalise(r["steps"][r["trigger"] - 1])
         own = {w for w in words(prompts[r["prompt_id"]]) if shared[w] <= len(prompts) / 10}
@@ -110,8 +113,8 @@ def success_table(traces, steps, cues, triggers, sampler, judge, path):
     """Corrective success of each trigger in the place of each trace's first cue: float (traces, triggers), 1 where the
     reasoning is safe now, 0 where it is not, nan where there is no verdict or no room."""
     id = lambda t, trigger: f"{t['id']}|{data.digest(trigger)}"
-    done = replace_cues([(id(t, trigger), t, steps[t["id"]], cues[t["id"]], trigger) for t in traces for trigger in triggers],
-                        sampler, judge, path)
+    done = replace_cues([(id(t, trigger), t, steps[t["id"]], cues[t["id"]], trigger)
+                         for t in traces for trigger in triggers], sampler, judge, path)
     safe = {key: v["reasoning_safe"] for key, (_, _, v) in done.items()}
     return np.array([[np.nan if safe.get(id(t, trigger)) is None else float(safe[id(t, trigger)]) for trigger in triggers]
                      for t in traces])
@@ -122,54 +125,59 @@ def held_out(traces, verdicts, used, limit):
     cue = {v["id"]: v["cue"] for v in verdicts}
     rest = [t for t in traces if t["prompt_id"] not in used and cue[t["id"]]]
     first = set(sorted({t["prompt_id"] for t in unsafe_in_turn(rest, verdicts)}, key=data.digest)[::2])
-    halves = [unsafe_in_turn([t for t in rest if (t["prompt_id"] in first) is side], verdicts, limit) for side in (True, False)]
+    halves = [unsafe_in_turn([t for t in rest if (t["prompt_id"] in first) is side], verdicts, limit)
+              for side in (True, False)]
     if not all(halves):
         raise SystemExit("mine-triggers: fewer than two prompts with unsafe traces are left to choose and test triggers on. "
                          "Use more prompts, or measure CSR on fewer (csr --uncertain).")
     return halves
 
 
+def trials(split, traces, triggers, table):
+    """The records of a success table."""
+    return [{"id": f"{t['id']}|{data.digest(trigger)}", "split": split, "trace": t["id"], "prompt_id": t["prompt_id"],
+             "trigger": trigger, "safe": None if np.isnan(x) else bool(x)}
+            for t, row in zip(traces, table) for trigger, x in zip(triggers, row)]
+
+
 def run_mine(args):
     """Stage `mine-triggers`. Records: {"id", "split": "choose" or "test", "trace", "prompt_id", "trigger", "safe"}, one for
-    each trial. The summary: `candidates`: [{"trigger", "found", "success": estimate, "chosen"}] measured on the first
-    half; `dropped`; `mined` and `hand_written`: [{"trigger", "success"}] on the second half, which had no part in the
-    choice; `pools`: {"mined", "hand_written", "difference"}, the means of the pools and of their difference on the same
-    traces; `prompts`: how many gave candidates, chose, tested. The pool itself goes to mined_triggers.txt beside it."""
-    sampler, curves = reasoning_only(intervene.make_sampler(args)), data.read_jsonl(args.points)
+    each trial. The summary: `candidates`: [{"trigger", "found": times, "success": estimate, "chosen"}] measured on the first
+    half; `dropped`: reasons; `mined`, `hand_written`: [{"trigger", "success"}] on the second half, which had no part in the
+    choice; `pools`: {"mined", "hand_written", "difference"}: estimates of the pools' mean success, and of its difference
+    on the same traces; `prompts`: how many gave candidates, chose, tested. The pool goes to NAME_triggers.txt."""
+    curves, hand, out = data.read_jsonl(args.points), data.load_triggers(args.triggers), Path(args.out)
     traces, verdicts = data.read_jsonl(args.traces), data.read_jsonl(args.verdicts)
     steps, cues = {s["id"]: s["steps"] for s in data.read_jsonl(args.steps)}, {v["id"]: v["cue"] for v in verdicts}
     found, dropped = candidates(curves, {t["prompt_id"]: t["prompt"] for t in traces})
     if not found:
         raise SystemExit(f"{args.points}: no safe trace has a usable step at its turning point ({dict(dropped)}).")
-    texts, hand = [t for t, _ in found.most_common(args.candidates)], data.load_triggers(args.triggers)
-    used, folder, records, tables = {r["prompt_id"] for r in curves}, Path(args.out).with_suffix(".rounds"), [], {}
-    halves = dict(zip(("choose", "test"), held_out(traces, verdicts, used, args.held_out)))
-    owners = {split: [t["prompt_id"] for t in some] for split, some in halves.items()}
-    pool = texts
-    for split, some in halves.items():
-        triggers = texts if split == "choose" else list(dict.fromkeys(pool + hand))
-        table = success_table(some, steps, cues, triggers, sampler, args.judge, folder / split)
-        tables[split] = dict(zip(triggers, shares(table, owners[split])))
-        records += [{"id": f"{t['id']}|{data.digest(trigger)}", "split": split, "trace": t["id"], "prompt_id": t["prompt_id"],
-                     "trigger": trigger, "safe": None if np.isnan(x) else bool(x)}
-                    for t, row in zip(some, table) for trigger, x in zip(triggers, row)]
-        if split == "choose":
-            pool = choose(texts, [tables[split][t]["value"] or 0 for t in texts], args.pool, args.diversity)
-    mine, theirs = (np.nanmean(table[:, [triggers.index(t) for t in p]], 1) for p in (pool, hand))
-    pools = dict(zip(("mined", "hand_written"), shares(np.stack([mine, theirs], 1), owners["test"])))
-    pools["difference"] = means(mine - theirs, owners["test"])[0]
-    data.write_jsonl(args.out, records)
-    data.write_text(Path(args.out).with_name("mined_triggers.txt"), f"# Mined by `intervene.py mine-triggers` from {args.points}\n"
-                    + "".join(t + "\n" for t in pool))
-    data.write_json(data.beside(args.out, "summary"), {
-        "candidates": [{"trigger": t, "found": found[t], "success": tables["choose"][t], "chosen": t in pool} for t in texts],
-        "dropped": dict(dropped), **{name: [{"trigger": t, "success": tables["test"][t]} for t in p]
-                                     for name, p in (("mined", pool), ("hand_written", hand))}, "pools": pools,
-        "prompts": {"gave candidates": len(used), "choose": len(set(owners["choose"])), "test": len(set(owners["test"]))}})
-    for t in pool:
-        print(f"  corrects {show(tables['test'][t])}: {t}")
-    for name, e in pools.items():
-        print(f"  {name}: {show(e)}")
+    sampler, owners = reasoning_only(intervene.make_sampler(args)), lambda some: [t["prompt_id"] for t in some]
+    used = set(owners(curves))
+    first, second = held_out(traces, verdicts, used, args.held_out)
+    measure = lambda some, triggers, name: success_table(some, steps, cues, triggers, sampler, args.judge,
+                                                         out.with_suffix(".rounds") / name)
+    texts = [t for t, _ in found.most_common(args.candidates)]
+    chosen_with = measure(first, texts, "choose")
+    success = shares(chosen_with, owners(first))
+    pool = choose(texts, [e["value"] or 0 for e in success], args.pool, args.diversity)
+    tried = list(dict.fromkeys(pool + hand))
+    tested_with = measure(second, tried, "test")
+    tested = dict(zip(tried, shares(tested_with, owners(second))))
+    mine, theirs = (average(tested_with[:, [tried.index(t) for t in p]], 1) for p in (pool, hand))
+    pools = means(np.stack([mine, theirs, mine - theirs], 1), owners(second))
+    pools = dict(zip(("mined", "hand_written", "difference"), pools))
+    records = trials("choose", first, texts, chosen_with) + trials("test", second, tried, tested_with)
+    data.write_jsonl(out, records)
+    data.write_text(out.with_name(f"{out.stem}_triggers.txt"), "\n".join(["# Mined by `intervene.py mine-triggers`", *pool, ""]))
+    data.write_json(data.beside(out, "summary"), {
+        "candidates": [{"trigger": t, "found": found[t], "success": e, "chosen": t in pool} for t, e in zip(texts, success)],
+        "dropped": dict(dropped), "pools": pools,
+        "mined": [{"trigger": t, "success": tested[t]} for t in pool],
+        "hand_written": [{"trigger": t, "success": tested[t]} for t in hand],
+        "prompts": {"gave candidates": len(used), "choose": len(set(owners(first))), "test": len(set(owners(second)))}})
+    for name, e in [(t, tested[t]) for t in pool] + list(pools.items()):
+        print(f"  {show(e)}  {name}")
     return {"turning points": sum(found.values()) + sum(dropped.values()), "candidates": len(found), "tried": len(texts),
             "pool": len(pool), "trials": len(records), "no verdict": sum(r["safe"] is None for r in records)}, {}
 
@@ -187,7 +195,7 @@ def intervention_curve(traces, steps, cues, texts, sampler, judge, folder, round
     pending = {(a, k): (t, steps[t["id"]], cues[t["id"]]) for a in range(len(texts)) for k, t in enumerate(traces)}
     for n in range(1, rounds + 1):
         harmful[:, :, n] = harmful[:, :, n - 1]
-        tries = {key: (f"{traces[key[1]]['id']}|{key[0]}@{n}", *entry, texts[key[0]]) for key, entry in pending.items() if entry[2]}
+        tries = {(a, k): (f"{traces[k]['id']}|{a}@{n}", *entry, texts[a]) for (a, k), entry in pending.items() if entry[2]}
         done, pending = replace_cues(tries.values(), sampler, judge, folder / f"round{n}"), {}
         for key, (id, *_) in tries.items():
             if id in done:
@@ -201,29 +209,32 @@ def intervention_curve(traces, steps, cues, texts, sampler, judge, folder, round
 
 def run_curve(args):
     """Stage `curve`. Records: {"id": "TRACE|ARM", "trace", "prompt_id", "arm": "trigger", "neutral" or "removal", "text",
-    "harmful": [1, 0 or None after 0, 1, ... interventions]}. The summary: `arms`: [{"arm", "text", "harmful": [estimate after
-    0, 1, ...]}], `overall`: [estimates], the mean over the triggers; `neutral_minus_overall`, `removal_minus_overall`:
-    [estimates] of the difference on the same traces."""
-    sampler, verdicts = reasoning_only(intervene.make_sampler(args)), data.read_jsonl(args.verdicts)
+    "harmful": [1, 0 or None after 0, 1, ... interventions]}. The summary: `arms`: [{"arm", "text", "harmful": [estimate
+    after 0, 1, ...]}]; `overall`: [estimates], the mean over the triggers; `neutral_minus_overall`,
+    `removal_minus_overall`: [estimates] of the difference on the same traces."""
+    verdicts, triggers = data.read_jsonl(args.verdicts), data.load_triggers(args.triggers)
     steps, cues = {s["id"]: s["steps"] for s in data.read_jsonl(args.steps)}, {v["id"]: v["cue"] for v in verdicts}
-    traces, triggers = unsafe_in_turn(data.read_jsonl(args.traces), verdicts, args.limit), data.load_triggers(args.triggers)
+    traces = unsafe_in_turn(data.read_jsonl(args.traces), verdicts, args.limit)
     if not traces:
         raise SystemExit(f"{args.verdicts}: no complete trace with unsafe reasoning, so there is nothing to intervene upon.")
     arms = [*(("trigger", t) for t in triggers), ("neutral", args.neutral), ("removal", None)]
+    owners = [t["prompt_id"] for t in traces]
+    sampler = reasoning_only(intervene.make_sampler(args))
     harmful = intervention_curve(traces, steps, cues, [text for _, text in arms], sampler, args.judge,
                                  Path(args.out).with_suffix(".rounds"), args.interventions)
-    owners, (neutral, removal) = [t["prompt_id"] for t in traces], harmful[-2:]
-    with np.errstate(invalid="ignore"):
-        overall = np.ma.masked_invalid(harmful[:-2]).mean(0).filled(np.nan)  # (traces, rounds + 1)
-    start = lambda h: means(h[:, :1], owners) + shares(h[:, 1:], owners)  # all are harmful at 0: nothing to estimate
-    curves = {"overall": start(overall), "neutral_minus_overall": means(neutral - overall, owners),
+    overall, (neutral, removal) = average(harmful[:-2], 0), harmful[-2:]  # (traces, rounds + 1)
+    curves = {"overall": means(overall, owners), "neutral_minus_overall": means(neutral - overall, owners),
               "removal_minus_overall": means(removal - overall, owners)}
-    by_arm = [{"arm": arm, "text": text, "harmful": start(h)} for (arm, text), h in zip(arms, harmful)]
-    data.write_jsonl(args.out, [{"id": f"{t['id']}|{a}", "trace": t["id"], "prompt_id": t["prompt_id"], "arm": arm, "text": text,
-                                 "harmful": [None if np.isnan(x) else int(x) for x in row]}
-                                for a, ((arm, text), h) in enumerate(zip(arms, harmful)) for t, row in zip(traces, h)])
-    data.write_json(data.beside(args.out, "summary"), {"interventions": list(range(args.interventions + 1)), **curves, "arms": by_arm})
-    for name, row in (("all triggers", curves["overall"]), *((a["text"] or "(the cue removed)", a["harmful"]) for a in by_arm)):
+    by_arm = [{"arm": arm, "text": text, "harmful": means(h[:, :1], owners) + shares(h[:, 1:], owners)}  # at 0 all are
+              for (arm, text), h in zip(arms, harmful)]
+    data.write_jsonl(args.out, [
+        {"id": f"{t['id']}|{a}", "trace": t["id"], "prompt_id": t["prompt_id"], "arm": arm, "text": text,
+         "harmful": [None if np.isnan(x) else int(x) for x in row]}
+        for a, ((arm, text), h) in enumerate(zip(arms, harmful)) for t, row in zip(traces, h)])
+    data.write_json(data.beside(args.out, "summary"),
+                    {"interventions": list(range(args.interventions + 1)), **curves, "arms": by_arm})
+    for name, row in (("all triggers", curves["overall"]),
+                      *((a["text"] or "(the cue removed)", a["harmful"]) for a in by_arm)):
         print("  " + " ".join("  -  " if e["value"] is None else f"{100 * e['value']:5.1f}" for e in row) + f"  {name}")
     return {"prompts": len(set(owners)), "unsafe": len(traces), "cue found": sum(bool(cues[t["id"]]) for t in traces),
             "arms": len(arms), "unjudged": int(np.isnan(harmful[:, :, -1]).sum())}, {}
@@ -234,14 +245,14 @@ def run_curve(args):
 def _flags(p):
     lm_code.add_sampler_flags(p)
     intervene.add_judge_flags(p)
-    p.add_argument("--triggers", default=str(intervene.HERE / "prompts" / "triggers.txt"), help="hand-written triggers, one a line")
+    p.add_argument("--triggers", default=str(intervene.HERE / "prompts" / "triggers.txt"), help="safety triggers, one a line")
 
 
 def mine_flags(p):
     _flags(p)
     p.add_argument("--points", required=True, help="records of stage turning-points (.jsonl)")
     p.add_argument("--candidates", type=int, default=40, help="try only the candidates found most often")
-    p.add_argument("--held-out", type=int, default=40, help="unsafe traces to choose with, and as many to test with; 0 = all")
+    p.add_argument("--held-out", type=int, default=40, help="unsafe traces to choose with, and to test with; 0 = all")
     p.add_argument("--pool", type=int, default=6, help="triggers to choose")
     p.add_argument("--diversity", type=float, default=0.5, help="weight of likeness against success")
 

@@ -57,7 +57,8 @@ class ChainSampler:
         self.options = dict(temperature=1.0, top_p=1.0, seed=0)
         one_hot = lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=torch.eye(9)[input_ids])
         logits = torch.tensor(CHAIN).float().clamp_min(1e-30).log()
-        self.model = SimpleNamespace(device="cpu", get_decoder=lambda: one_hot, get_output_embeddings=lambda: lambda h: h @ logits)
+        self.model = SimpleNamespace(device="cpu", get_decoder=lambda: one_hot,
+                                     get_output_embeddings=lambda: lambda h: h @ logits)
 
     def __call__(self, requests, done=(), title=""):
         for r in requests:
@@ -228,7 +229,8 @@ def test_diversity_by_hand(tmp_path):
 
 def test_candidates_are_normalised_and_those_that_name_their_prompt_are_dropped():
     prompts = {f"p{k}": f"How do I brew potion number {k}?" for k in range(20)}
-    row = lambda step, prompt="p7", safe=True, trigger=2: {"safe": safe, "trigger": trigger, "prompt_id": prompt, "steps": ["I see.", step]}
+    row = lambda step, prompt="p7", safe=True, trigger=2: {
+        "safe": safe, "trigger": trigger, "prompt_id": prompt, "steps": ["I see.", step]}
     found, dropped = mining.candidates([
         row(" Wait, stop."), row("\n- **Wait,  stop!**\n", "p3"), row(" Potion 7 kills."), row(" A potion kills."),
         row(" ..."), row(" No.", trigger=None), row(" No.", safe=False)], prompts)
@@ -268,11 +270,13 @@ def test_the_intervention_curve_by_hand(tokenizer, rules, tmp_path):  # noqa: F8
     traces, steps, cues = unsafe_traces(tokenizer, rules, tmp_path)
     sampler = Obeying(tokenizer, "")
     cues["p1#0"] = 0  # no cue is found in the second: it stays harmful
-    harmful = mining.intervention_curve(traces, steps, cues, ["Stop.", "Think.", "Well.", None], sampler, rules, tmp_path / "r", 3)
+    texts = ["Stop.", "Think.", "Well.", None]
+    harmful = mining.intervention_curve(traces, steps, cues, texts, sampler, rules, tmp_path / "r", 3)
     assert harmful[:, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert (harmful[:, 1] == 1).all()
     removed = next(r for r in sampler.seen if r.id == "p0#0|3@1")
-    assert removed.prefix == traces[0]["prompt_ids"] + tokenizer.encode("The user asks for duskwort. It is a poison.", add_special_tokens=False)
+    kept = tokenizer.encode("The user asks for duskwort. It is a poison.", add_special_tokens=False)
+    assert removed.prefix == traces[0]["prompt_ids"] + kept
     again = next(r for r in sampler.seen if r.id == "p0#0|1@2")
     assert tokenizer.decode(again.prefix).endswith("It is a poison. Think. Think."), "the second goes in the new cue's place"
 
@@ -349,7 +353,7 @@ def test_the_whole_analysis_on_the_embedded_model(run, capsys):
     summary = {p.name.split(".")[0]: json.loads(p.read_text()) for p in run.glob("*.summary.json")}
     points = summary["turning-points"]
     assert points["unsafe_with_turning_point"]["n"] == 3 and points["continuations"] == 8
-    pool = data.load_triggers(run / "mined_triggers.txt")
+    pool = data.load_triggers(run / "mine-triggers_triggers.txt")
     assert pool == [m["trigger"] for m in summary["mine-triggers"]["mined"]] and 0 < len(pool) <= 2
     owners = {split: {r["prompt_id"] for r in data.read_jsonl(run / "mine-triggers.jsonl") if r["split"] == split}
               for split in ("choose", "test")}
