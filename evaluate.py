@@ -34,7 +34,7 @@ METRICS = ("reasoning", "response", "unsafe response | safe reasoning", "safe re
            "compliance", "refusal", "accuracy", "pass@10")
 # CHOICE: samples a prompt where --samples is not given: AIME as DeepSeek-R1 reports it, MATH-500 and GPQA as open-r1 does,
 # HumanEval enough for pass@10; one of all other sets.
-SAMPLES = {"aime24": 64, "math500": 4, "gpqa": 8, "gpqa-diamond": 8, "humaneval": 10}
+SAMPLES = {"aime24": 64, "math500": 4, "gpqa-diamond": 8, "humaneval": 10}
 
 
 # ------------------------------------------------------------------------------------------------------ the numbers
@@ -191,10 +191,11 @@ def parse_sets(specs, names=()):
     if names:
         from extras.sets import SETS
         known = [name for name in SETS if SETS[name].kind in NEEDS]
-        for name in names:
-            if name not in known:
+        for name in names:  # "gpqa" is enough for gpqa-diamond
+            found = [k for k in known if k == name] or [k for k in known if k.startswith(f"{name}-")]
+            if len(found) != 1:
                 raise SystemExit(f"--sets {name}: there are {', '.join(known)}. A file of yours: --set NAME=KIND:FILE.")
-            sets.append((name, SETS[name].kind, None))
+            sets.append((found[0], SETS[found[0]].kind, None))
     twice = [name for name, n in Counter(name for name, _, _ in sets).items() if n > 1]
     if twice:
         raise SystemExit(f"The set {twice[0]} comes twice.")
@@ -430,7 +431,7 @@ def run_stage(args):
     samples = {name: args.samples or SAMPLES.get(name, 1) for name, _, _ in sets}
     flags = {**vars(args), "judge": args.judge.name, "eval_judge": None, "eval_judge_model": None, "data_dir": None,
              "allow_code_execution": None, "samples": samples,
-             "sets": {name: data.digest(data.dump(loaded[name])) for name in args.sets},
+             "sets": {name: data.digest(data.dump(loaded[name])) for name, _, path in sets if not path},
              "grader": scoring.Grader().name if any(kind in ("task", "math") for _, kind, _ in sets) else None}
     inputs = [args.model, *(path for _, _, path in sets if path)]
     data.stage(args.out, flags, inputs, lambda: run(args, sets, loaded, samples))

@@ -269,7 +269,7 @@ def test_the_same_seeds_give_the_same_tables(job, capsys):
 
 
 def test_sets_by_name(job, monkeypatch):
-    kinds = {"jbb": "harmful", "aime24": "math", "star1": "train"}
+    kinds = {"jbb": "harmful", "jbb-benign": "benign", "aime24": "math", "star1": "train", "gpqa-diamond": "choice"}
     sets = types.ModuleType("extras.sets")
     sets.SETS = {name: types.SimpleNamespace(kind=kind) for name, kind in kinds.items()}
     monkeypatch.setitem(sys.modules, "extras.sets", sets)
@@ -282,9 +282,10 @@ def test_sets_by_name(job, monkeypatch):
     texts = {f"{i}#{k}": think("a", r"\boxed{25}") for i in range(2) for k in range(64)}
     m = job({}, texts, "--sets", "aime24", "--data-dir", "D", "--limit", "2")["aime24"]
     assert asked == [("aime24", 2, "D")] and m["samples"] == 64 and m["accuracy"]["mean"] == 0.5 and m["accuracy"]["n"] == 128
-    for name, words in (("star1", "there are jbb, aime24"), ("nope", "there are jbb, aime24"), ("aime24,aime24", "comes twice")):
+    for name, words in (("star1", "there are jbb, jbb-benign, aime24"), ("nope", "there are jbb"), ("aime24,aime24", "comes twice")):
         with pytest.raises(SystemExit, match=words):
             job({}, texts, "--sets", name, out="other")
+    assert evaluate.parse_sets([], ["jbb", "gpqa"]) == [("jbb", "harmful", None), ("gpqa-diamond", "choice", None)]
     monkeypatch.setattr(Words, "name", "rules:x:1")
     with pytest.raises(SystemExit, match="jbb: the judge `rules` knows the toy world only"):
         job({}, texts, "--sets", "jbb", out="other")
