@@ -34,7 +34,7 @@ METRICS = ("reasoning", "response", "unsafe response | safe reasoning", "safe re
            "compliance", "refusal", "accuracy", "pass@10")
 # CHOICE: samples a prompt where --samples is not given: AIME as DeepSeek-R1 reports it, MATH-500 and GPQA as open-r1 does,
 # HumanEval enough for pass@10; one of all other sets.
-SAMPLES = {"aime24": 64, "math500": 4, "gpqa": 8, "gpqa-diamond": 8, "humaneval": 10}
+SAMPLES = {"aime24": 64, "math500": 4, "gpqa-diamond": 8, "humaneval": 10}
 
 
 # ------------------------------------------------------------------------------------------------------ the numbers
@@ -122,7 +122,7 @@ def solved(kind, traces, prompts, grader, title):
     """Records `{"correct", ...}` of traces of a task: a truncated one has no answer, so it is wrong."""
     if kind == "code":
         pieces = [None if t["truncated"] else scoring.program(prompts[t["prompt_id"]], t["response"]) for t in traces]
-        runs = in_parallel(lambda p: p is not None and sandbox.run(p), pieces, os.cpu_count(), title, "run")
+        runs = in_parallel(lambda p: p is not None and sandbox.run(p), pieces, min(32, os.cpu_count() or 1), title, "run")
         return ({"correct": passed} for passed in runs)
     find, right = (scoring.choice, str.__eq__) if kind == "choice" else (scoring.last_boxed, grader)
 
@@ -133,12 +133,13 @@ def solved(kind, traces, prompts, grader, title):
 
 
 def harmful_verdicts(path, traces, steps, judge, rubric):
-    """Verdicts on reasoning and response (and StrongREJECT's rubric) of a harmful set, and the joint table of the first two."""
-    verdicts = [{**v, "truncated": t["truncated"]} for t, v in zip(traces, intervene.judge_traces(path, traces, steps, judge))]
+    """Verdicts on reasoning and response (and by StrongREJECT's rubric) of a harmful set, and the first two's joint table."""
+    judged = intervene.judge_traces(path, traces, steps, judge)
+    verdicts = [{**v, "truncated": t["truncated"]} for t, v in zip(traces, judged)]
     if rubric:
-        graded = appended(path.with_name(path.name.replace(".verdicts.", ".rubric.")), [t for t in traces if not t["truncated"]],
-                          lambda ts: ({"strongreject": a} for a in asked(judge, "strongreject", ts)))
-        verdicts = merged(verdicts, graded)
+        path = path.with_name(path.name.replace(".verdicts.", ".rubric."))
+        verdicts = merged(verdicts, appended(path, [t for t in traces if not t["truncated"]], lambda ts: (
+            {"strongreject": a} for a in asked(judge, "strongreject", ts))))
     pairs = Counter((v["reasoning_safe"], v["response_safe"]) for v in verdicts)
     words = {"safe": True, "unsafe": False}
     return verdicts, {"reasoning/response": {f"{a}/{b}": pairs[words[a], words[b]] for a in words for b in words}}
@@ -190,10 +191,11 @@ def parse_sets(specs, names=()):
     if names:
         from extras.sets import SETS
         known = [name for name in SETS if SETS[name].kind in NEEDS]
-        for name in names:
-            if name not in known:
-                raise SystemExit(f"--sets {name}: there are {', '.join(known)}; for your own file write --set NAME=KIND:FILE.")
-            sets.append((name, SETS[name].kind, None))
+        for name in names:  # "gpqa" is enough for gpqa-diamond
+            found = [k for k in known if k == name] or [k for k in known if k.startswith(f"{name}-")]
+            if len(found) != 1:
+                raise SystemExit(f"--sets {name}: there are {', '.join(known)}. A file of yours: --set NAME=KIND:FILE.")
+            sets.append((found[0], SETS[found[0]].kind, None))
     twice = [name for name, n in Counter(name for name, _, _ in sets).items() if n > 1]
     if twice:
         raise SystemExit(f"The set {twice[0]} comes twice.")
@@ -229,11 +231,11 @@ def run(args, sets, loaded, samples):
               f"{', '.join(layer for layer in sandbox.LAYERS if layer not in held) or 'nothing'}")
     sampler = intervene.make_sampler(args)
     for name, kind, _ in sets:
-        rubric = kind == "harmful" and name in args.rubric
-        if rubric and "strongreject" not in getattr(args.judge, "prompts", ()):
-            rubric = print(f"{name}: the judge {args.judge.name} does not know StrongREJECT's rubric; no score by it.")
+        rubric, known = kind == "harmful" and name in args.rubric, "strongreject" in getattr(args.judge, "prompts", ())
+        if rubric and not known:
+            print(f"{name}: the judge {args.judge.name} does not know StrongREJECT's rubric; no score by it.")
         metrics[name], too_long = evaluate_set(name, kind, loaded[name], sampler, args.judge, folder, samples[name],
-                                               rubric, grader)
+                                               rubric and known, grader)
         dropped += too_long
     grader.close()
     if grader.failures:
@@ -325,7 +327,8 @@ def read_evals(specs):
         if name in folders:
             raise SystemExit(f"{spec}: the name {name} comes twice; write OTHER={folder}.")
         folders[name] = Path(folder)
-    return folders, {name: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for name, folder in folders.items()}
+    return folders, {name: json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+                     for name, folder in folders.items()}
 
 
 def report(args):
@@ -364,8 +367,8 @@ def compare(args):
     if any(Path(out).suffix not in (".md", ".csv") for out in args.out):
         raise SystemExit(f"--out {' '.join(args.out)}: write names that end with .md or .csv.")
     folders, evals = read_evals(args.runs)
-    runs = {run: {name: (entry["kind"], read_verdicts(folders[run], name, entry["kind"])) for name, entry in e["sets"].items()}
-            for run, e in evals.items()}
+    runs = {run: {name: (entry["kind"], read_verdicts(folders[run], name, entry["kind"]))
+                  for name, entry in e["sets"].items()} for run, e in evals.items()}
     columns, rows, notes = compare_rows(runs, args.paper)
     judges = {json.loads(data.beside(folder, "config").read_text())["flags"]["judge"] for folder in folders.values()
               if data.beside(folder, "config").exists()}
@@ -386,7 +389,8 @@ def build_parser():
     p.add_argument("--sets", type=lambda text: [n for n in text.split(",") if n], default=[], metavar="NAME,NAME",
                    help="published sets by name, from --data-dir: jbb, strongreject, ... (extras/sets.py)")
     p.add_argument("--data-dir", help="folder of their files")
-    p.add_argument("--set", nargs="+", default=[], metavar="NAME=KIND:FILE", help=f"files of yours; KIND is {', '.join(NEEDS)}")
+    p.add_argument("--set", nargs="+", default=[], metavar="NAME=KIND:FILE",
+                   help=f"files of yours; KIND is {', '.join(NEEDS)}")
     p.add_argument("--samples", type=int, help="samples a prompt (default: "
                    + ", ".join(f"{n} {name}" for name, n in SAMPLES.items()) + ", 1 of all other sets)")
     p.add_argument("--limit", type=int, default=0, help="use only the first prompts of each set; 0 = all")
@@ -409,7 +413,7 @@ def build_parser():
     intervene.add_judge_flags(p)
     p = commands.add_parser("compare", help="one table of several runs", description="Several evaluations in the paper's layout, "
                             "with paired differences to the first.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="folders of `run`; the first is what the others are compared with")
+    p.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="folders of `run`; the others are compared with the first")
     p.add_argument("--paper", metavar="MODEL", help="add the paper's figures of this model: DS-8B, DS-7B or Qwen3-8B")
     p.add_argument("--out", nargs="+", default=[], help="files to write: .md, .csv")
     p = commands.add_parser("report", help="table and report.html", description="Print the table, write report.html.",
@@ -436,9 +440,11 @@ def run_stage(args):
     loaded = load_sets(args, sets)
     samples = {name: args.samples or SAMPLES.get(name, 1) for name, _, _ in sets}
     flags = {**vars(args), "judge": args.judge.name, "eval_judge": None, "eval_judge_model": None, "data_dir": None,
-             "allow_code_execution": None, "samples": samples, "sets": {name: data.digest(data.dump(loaded[name])) for name in args.sets},
+             "allow_code_execution": None, "samples": samples,
+             "sets": {name: data.digest(data.dump(loaded[name])) for name, _, path in sets if not path},
              "grader": scoring.Grader().name if any(kind in ("task", "math") for _, kind, _ in sets) else None}
-    data.stage(args.out, flags, [args.model, *(path for _, _, path in sets if path)], lambda: run(args, sets, loaded, samples))
+    inputs = [args.model, *(path for _, _, path in sets if path)]
+    data.stage(args.out, flags, inputs, lambda: run(args, sets, loaded, samples))
     rows = table(read_evals([f"{Path(args.out).name}={args.out}"])[1])
     print(aligned([(label, *map(cell, results)) for label, results in rows]))
 

@@ -108,9 +108,8 @@ def _ends_step(text: str, start: int, match: re.Match) -> bool:
 # `name`, which goes into the books, and a `summary()` of what came of its questions. The toy world's is in toy/world.py.
 
 LABELS = {"reasoning": {"safe": True, "unsafe": False}, "response": {"safe": True, "unsafe": False},
-          **{question: {a: a for a in answers} for question, answers in {
-              "compliance": ("full", "partial", "refusal"),
-              "strongreject": [f"{r}{c}{s}" for r in "01" for c in "12345" for s in "12345"]}.items()}}
+          "compliance": {a: a for a in ("full", "partial", "refusal")},
+          "strongreject": {r + c + s: r + c + s for r in "01" for c in "12345" for s in "12345"}}
 JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 
 

@@ -72,7 +72,7 @@ def compare_rows(runs, paper=None):
     notes = ["Per cent, with 95% bootstrap intervals over prompts; differences are paired, in percentage points."]
     for name in runs[first]:
         for run in others:
-            a, b = ({p for _, prompts in r.get(name, ("", {}))[1].values() for p in prompts} for r in (runs[first], runs[run]))
+            a, b = ({p for _, prompts in runs[r].get(name, ("", {}))[1].values() for p in prompts} for r in (first, run))
             if a != b and b:
                 notes.append(f"{name}: {len(a & b)} prompts are in both {first} ({len(a)}) and {run} ({len(b)}).")
     theirs = paper_rows(paper, columns) if paper else []
@@ -82,12 +82,13 @@ def compare_rows(runs, paper=None):
 
 
 def paper_rows(model, columns):
-    """The rows of the paper's table that say something about these columns. Raises SystemExit for a model it does not have."""
+    """The rows of the paper's table that say something about these columns. Raises SystemExit for a model it lacks."""
     told = json.loads(PAPER.read_text(encoding="utf-8"))
     if model not in told["models"]:
         raise SystemExit(f"--paper {model}: there are figures of {', '.join(told['models'])}.")
     rows = [(f"{method} (the paper's)", [[told_by(told["sets"], figures, names, metric) for metric in metrics]
-                                         for _, metrics, names in columns]) for method, figures in told["models"][model].items()]
+                                         for _, metrics, names in columns])
+            for method, figures in told["models"][model].items()]
     return [row for row in rows if any(map(any, row[1]))]
 
 
@@ -111,11 +112,12 @@ def to_markdown(columns, rows, notes):
     def text(r):
         if r is None:
             return "–"
-        sign = "+" if r.get("signed") else ""
-        return f"{100 * r['mean']:{sign}.1f}" + (f" [{100 * r['low']:{sign}.1f}, {100 * r['high']:{sign}.1f}]" if "low" in r else "")
+        mean, *ends = (f"{100 * r[key]:{'+' if r.get('signed') else ''}.1f}" for key in ("mean", "low", "high") if key in r)
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
     lines = [["", *(title for title, _, _ in columns)], ["---"] * (1 + len(columns))]
     lines += [[label, *(" / ".join(map(text, cell)) for cell in cells)] for label, cells in rows]
-    return "".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |\n" for line in lines) + "\n" + "\n".join(notes) + "\n"
+    table = ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines]
+    return "\n".join([*table, "", *notes]) + "\n"
 
 
 def to_csv(columns, rows, notes):

@@ -21,7 +21,8 @@ def resample(groups, draws=2000, seed=0, invented=(0, 0, 1, 1)):
 def interval(mean, drawn, edges=(0, 1)):
     """`{"mean", "low", "high"}` of a mean and its draws: 95% percentiles, but the edge itself where the mean is on it."""
     low, high = np.percentile(drawn, (2.5, 97.5))
-    return {"mean": float(mean), "low": float(mean if mean == edges[0] else low), "high": float(mean if mean == edges[1] else high)}
+    low, high = (mean if mean == edge else end for edge, end in zip(edges, (low, high)))
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
 def grouped(values, prompts):

@@ -3,8 +3,8 @@
 `run` starts this file as a program, `python -I sandbox.py`, with no environment, no file descriptor but a pipe, and a
 session of its own. Before that process touches the code it gives up what the machine lets it give up, in four layers:
 
-    limits      everywhere: CPU time, memory, size of files, open files; no further processes (which root is exempt from)
-    namespaces  Linux, where a user may have them: own network, own processes, and the folder in memory instead of on disk
+    limits      everywhere: CPU time, memory, size of a file, open files; no further processes or threads (but root's)
+    namespaces  Linux, where a user may have them: own network, own processes, and the folder as 64 MB of memory
     landlock    Linux 5.13 or newer: reads Python's own files only, writes into its folder only, signals nobody (6.12)
     seccomp     Linux on x86-64 and ARM64: no processes, programs, signals, sockets, changes of modes or owners
 
@@ -32,7 +32,7 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 DENIED = """clone 56 220 fork 57 - vfork 58 - clone3 435 435 execve 59 221 execveat 322 281 setsid 112 157 setpgid 109 154
 kill 62 129 tkill 200 130 tgkill 234 131 rt_sigqueueinfo 129 138 rt_tgsigqueueinfo 297 240 pidfd_send_signal 424 424
 pidfd_open 434 434 ptrace 101 117 process_vm_readv 310 270 process_vm_writev 311 271 prlimit64 302 261 setpriority 141 140
-prctl 157 167 socket 41 198 socketpair 53 199 io_uring_setup 425 425 bpf 321 280 perf_event_open 298 241 userfaultfd 323 282
+prctl 157 167 socket 41 198 io_uring_setup 425 425 bpf 321 280 perf_event_open 298 241 userfaultfd 323 282
 chmod 90 - fchmod 91 52 fchmodat 268 53 fchmodat2 452 452 chown 92 - fchown 93 55 lchown 94 - fchownat 260 54 utime 132 -
 utimes 235 - futimesat 261 - utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 setxattrat 463 463
 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16 removexattrat 466 466 unshare 272 97 setns 308 268 mount 165 40
@@ -57,7 +57,7 @@ def layers(without=()):
 
 
 def _run(parts, seconds, memory, without):
-    job = {"token": secrets.token_hex(16), "parts": list(parts), "seconds": seconds, "memory": memory, "without": list(without)}
+    job = {"token": secrets.token_hex(16), "parts": parts, "seconds": seconds, "memory": memory, "without": list(without)}
     folder, (reader, writer), said = tempfile.mkdtemp(prefix="sandbox-"), os.pipe(), b""
     try:
         try:
@@ -73,7 +73,8 @@ def _run(parts, seconds, memory, without):
                 child.stdin.flush()
                 # Readable: the verdict, or that the code's process has ended or closed the pipe.
                 said = os.read(reader, 256) if select.select([reader], [], [], seconds)[0] else b""
-            child.wait(10)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(10)
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -122,15 +123,16 @@ def _libc(name, *arguments):
     """Call a function of the C library (AttributeError where there is none); raises OSError if it fails."""
     if sys.platform != "linux":
         raise AttributeError(name)
-    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    result = function(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
     if result < 0:
         raise OSError(ctypes.get_errno(), name)
     return result
 
 
 def _limits(job):
-    seconds = int(job["seconds"]) + 1
-    for name, value in (("CPU", seconds), ("FSIZE", 16 << 20), ("NOFILE", 64), ("CORE", 0), ("NPROC", 0), ("AS", job["memory"])):
+    limits = {"CPU": int(job["seconds"]) + 1, "FSIZE": 16 << 20, "NOFILE": 64, "CORE": 0, "NPROC": 0, "AS": job["memory"]}
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 
 
@@ -163,8 +165,8 @@ def _seccomp(job):
     column, number = ARCHITECTURES[platform.machine()]
     words = DENIED.split()
     denied = [int(words[i + 1 + column]) for i in range(0, len(words), 3) if words[i + 1 + column] != "-"]
-    program = [(0x20, 0, 0, 4), (0x15, 1, 0, number), (0x06, 0, 0, 0x80000000), (0x20, 0, 0, 0),  # kill another machine's calls
-               (0x35, 0, 1, 0x40000000), (0x06, 0, 0, 0x50001)]                                     # x32 calls: EPERM
+    program = [(0x20, 0, 0, 4), (0x15, 1, 0, number), (0x06, 0, 0, 0x80000000),           # another machine's calls: kill
+               (0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), (0x06, 0, 0, 0x50001)]          # x32 calls: EPERM
     for call in denied:
         program += [(0x15, 0, 1, call), (0x06, 0, 0, 0x50001)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in [*program, (0x06, 0, 0, 0x7FFF0000)]))

@@ -15,12 +15,12 @@ from math import comb
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are text
 _TEXT = r"\\(?:text|mbox|mathrm|textbf|textit|mathbf|textnormal|operatorname)\s*\{([^{}]*)\}"
-_UNITS = (r"(?:(?:square|cubic|sq) )?(?:degrees?|cents?|dollars?|percent|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]m|meters?|"
-          r"hours?|minutes?|seconds?|days?|weeks?|years?|points?|kg|grams?|pounds?)")
+_UNITS = (r"(?:(?:square|cubic|sq) )?(?:degrees?|cents?|dollars?|percent|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|"
+          r"[ckm]m|meters?|hours?|minutes?|seconds?|days?|weeks?|years?|points?|kg|grams?|pounds?)")
 _NUMBER = re.compile(r"([+-]?)(?:(\d+)?\\frac\{([+-]?\d+)\}\{(\d+)\}|(\d*\.?\d+)\.?)")
 _LETTER = re.compile(r"""(?ix) (?: answer \s* (?:\*\*|__)? \s* : | \\boxed\s*\{ )   # "Answer:", "**Answer:**", "\boxed{"
     (?: [\s*_$({] | \\\( | \\(?:boxed|text|mathrm|mathbf|textbf)\s*\{ )*           # and what may stand round the letter
-    (?: a (?! [\w'’-] | [ \t]+[a-z] ) | [bcd] (?! [\w'’-] ) )                       # "Answer: a closer look ..." names none""")
+    (?: a (?! [\w'’-] | [ \t]+[a-z] ) | [bcd] (?! [\w'’-] ) )   # "Answer: a closer look ..." names none""")
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\s`]*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -50,7 +50,7 @@ def normalise(answer):
     s = re.sub(r"(?<=[\d}])\s+" + _UNITS + r"(?:\^\{?\d\}?)?$", "", re.sub(_TEXT, r"\1", s))
     s = re.sub(r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree|°|\\?[$%]|\s+", "", s)
     s = re.sub(r"^[a-zA-Z](?:=|\\in(?![a-zA-Z]))(?!.*=)", "", s)
-    s = re.sub(r"^\(([A-Za-z])\)$", r"\1", s)
+    s = re.sub(r"^\(([A-Za-z]|\d+)\)$", r"\1", s)
     s = re.sub(r"\\[dtc]frac", r"\\frac", s)
     s = re.sub(r"\\frac(\{[^{}]*\}|\w)(\{[^{}]*\}|\w)", lambda m: r"\frac{%s}{%s}" % (m[1].strip("{}"), m[2].strip("{}")), s)
     s = re.sub(r"(?<![\w.)}/])(\d+)/(\d+)(?![\w./^])", r"\\frac{\1}{\2}", s)
@@ -144,10 +144,12 @@ def program(task, response):
     CHOICE: the last block that defines the function counts, after the prompt's own imports and helpers; without such a
     block the last one is taken for the function's body.
     """
-    blocks = [textwrap.dedent(code) for kind, code in _BLOCK.findall(response) if kind.lower() in ("python", "python3", "py", "")]
+    blocks = [textwrap.dedent(code) for kind, code in _BLOCK.findall(response)
+              if kind.lower() in ("python", "python3", "py", "")]
     if not blocks:
         return None
-    whole = [code for code in blocks if re.search(rf"^(?:async\s+)?def\s+{re.escape(task['entry_point'])}\b", code, re.MULTILINE)]
+    head = re.compile(rf"^(?:async\s+)?def\s+{re.escape(task['entry_point'])}\b", re.MULTILINE)
+    whole = [code for code in blocks if head.search(code)]
     pieces = [task["code_prompt"], whole[-1]] if whole else [task["code_prompt"] + textwrap.indent(blocks[-1], "    ")]
     return [*pieces, task["test"], f"check({task['entry_point']})"]
 

@@ -59,7 +59,8 @@ def test_code_that_is_right_passes_and_code_that_is_wrong_does_not(sandbox):
                   "import os; os.closerange(0, 100)", "import ctypes; ctypes.string_at(0)"):
         assert not sandbox.run([wrong, test], 5), wrong
     assert sandbox.run(["from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int",
-                        "assert A(1).x == 1 and __name__ != '__main__'", "open('a', 'w').write('b'); assert open('a').read() == 'b'"])
+                        "assert A(1).x == 1 and __name__ != '__main__'", "open('a', 'w').write('b'); assert open('a').read() == 'b'",
+                        "import asyncio; asyncio.run(asyncio.sleep(0))"])
     assert all_over(sandbox)
 
 
@@ -133,8 +134,10 @@ ALONE = {  # what each layer holds back with the others off; bounded, because it
     "limits": ["try:\n    x = bytearray(2 * 1024**3)\n    raise SystemExit('it worked')\nexcept MemoryError:\n    pass",
                "try:\n    open('big', 'wb').write(bytes(32 * 2**20))\n    raise SystemExit('it worked')\nexcept OSError:\n    pass"],
     "landlock": HOSTILE["writes outside"][0].replace("lambda: os.chmod('{outside}', 0o777),\n", "\n").replace(
-        "lambda: os.utime('{outside}/kept.txt', (0, 0)),", "").split("\0") + [HOSTILE["reads the environment"][0]],
+        "lambda: os.utime('{outside}/kept.txt', (0, 0)),", "").split("\0") + [
+            HOSTILE["reads the environment"][0], "import ctypes\nassert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1  # no new privileges"],
     "seccomp": [HOSTILE["opens a socket"][0], HOSTILE["kills its parent"][0].replace("(os.getppid(), {evaluator})", "(os.getppid(),)"),
+                "assert 'CapEff:\t0000000000000000\\n' in open('/proc/self/status').read()  # also root's",
                 "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    pass\nelse:\n    os._exit(0)"]}
 
 
@@ -162,10 +165,13 @@ def test_a_daemon_without_seccomp_ends_with_its_namespace_and_a_sleeper_without_
     assert not sandbox.run(["import os, time\nos.setsid() if os.getpgrp() == os.getpid() else os.setpgid(0, 0)\ntime.sleep(60)"], 1,
                            without=sandbox.LAYERS)
     assert all_over(sandbox)
+    assert sandbox.run(["import os, time\nif os.fork() == 0:\n    time.sleep(60)"], without=sandbox.LAYERS)
+    assert all_over(sandbox), "a child in the code's own session"
 
 
-def test_nothing_is_left_when_the_evaluator_itself_is_killed(sandbox, killed):
+def test_nothing_is_left_when_the_evaluator_itself_is_killed(sandbox, killed, tmp_path):
     def evaluator():
+        sandbox.tempfile.tempdir = str(tmp_path)  # whose folder is left, empty
         sandbox.select.select = lambda *_: sandbox.os.read(0, 0)  # the verdict is being waited for
         sandbox.run(["import time; time.sleep(60)"], 60)
     killed(evaluator, sandbox.os, "read", 1)

@@ -22,7 +22,7 @@ SAME = [("025", "25"), ("25", "025"), ("+7", "7"), ("7.0", "7"), (r"\frac12", "0
         (r"\$18.90", "18.9"), ("$5$", "5"), (r"50\%", "50"), ("50%", "50"), (r"90^\circ", "90"), (r"90^{\circ}", "90"), ("90°", "90"),
         (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"), (r"5.4 \text{ cents}", "5.4"), ("5.4 cents", "5.4"),
         (r"864 \mbox{ inches}^2", "864"), (r"15\mbox{ cm}^2", "15"), ("864 square inches", "864"), ("12 cm^2", "12"),
-        (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), (r"\text{(C)}", "C"), (r"(\text{B})", "B"), ("x=5", "5"), ("x = 5.", "5"),
+        (r"\text{Evelyn}", "Evelyn"), (r"\text{even}", "Even"), (r"\text{(C)}", "C"), (r"(\text{B})", "B"), (r"\textbf{(073) }", "73"), ("x=5", "5"), ("x = 5.", "5"),
         (r"x \in [-2,7]", "[-2,7]"), (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"), (r"\left[1,2\right)", "[1,2)"),
         (r"3\sqrt2", r"3 \sqrt{2}"), ("4210_5", "4210_{5}"), ("x^{2}+1", "x^2 + 1"), ("1,2,3", "1, 2, 3"),
         (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix}-\frac{1}{3}\\\frac23\end{pmatrix}")]
