@@ -21,8 +21,7 @@ from tqdm import tqdm
 import data
 import intervene
 import model as lm_code
-from extras import figures, sandbox, scoring
-from extras.client import in_parallel
+from extras import client, figures, sandbox, scoring
 from extras.compare import compare_rows, to_csv, to_markdown
 from extras.intervals import agreement, bootstrap, grouped
 from extras.report import page
@@ -122,7 +121,7 @@ def solved(kind, traces, prompts, grader, title):
     """Records `{"correct", ...}` of traces of a task: a truncated one has no answer, so it is wrong."""
     if kind == "code":
         pieces = [None if t["truncated"] else scoring.program(prompts[t["prompt_id"]], t["response"]) for t in traces]
-        runs = in_parallel(lambda p: p is not None and sandbox.run(p), pieces, min(32, os.cpu_count() or 1), title, "run")
+        runs = client.in_parallel(lambda p: p is not None and sandbox.run(p), pieces, min(32, os.cpu_count() or 1), title, "run")
         return ({"correct": passed} for passed in runs)
     find, right = (scoring.choice, str.__eq__) if kind == "choice" else (scoring.last_boxed, grader)
 
@@ -398,7 +397,7 @@ def build_parser():
                    help="harmful sets to grade by StrongREJECT's rubric too")
     p.add_argument("--allow-code-execution", action="store_true", help="run the code that the model writes (kind `code`)")
     lm_code.add_sampler_flags(p)
-    intervene.add_judge_flags(p)
+    client.add_judge_flags(p)
     p.add_argument("--eval-judge", help="judge of this evaluation, other than the one that built the data (default: --judge); "
                    "key: EVAL_JUDGE_API_KEY")
     p.add_argument("--eval-judge-model", help="model name to send to it (default: --judge-model)")
@@ -410,7 +409,7 @@ def build_parser():
     p.add_argument("--other-judge", help="the other judge; its key: EVAL_JUDGE_API_KEY")
     p.add_argument("--other-judge-model", help="model name to send to it")
     p.add_argument("--out", required=True, help="file to write (.json)")
-    intervene.add_judge_flags(p)
+    client.add_judge_flags(p)
     p = commands.add_parser("compare", help="one table of several runs", description="Several evaluations in the paper's layout, "
                             "with paired differences to the first.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="folders of `run`; the others are compared with the first")
@@ -426,7 +425,7 @@ def build_parser():
                             "show them in its report.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     figures.add_flags(p)
     lm_code.add_sampler_flags(p)
-    intervene.add_judge_flags(p)
+    client.add_judge_flags(p)
     return parser
 
 

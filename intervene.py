@@ -501,19 +501,6 @@ STAGES = {  # function, purpose, input files
     "benign": (run_benign, "pairs against over-refusal: answer preferred over refusal", ("traces", "base"))}
 
 
-def add_judge_flags(p):
-    """Flags of whatever judges."""
-    p.add_argument("--judge", default="rules", help="`rules` (toy world), `rules:FILE`, `local:PATH` (a chat model in this "
-                   "process), or a chat endpoint https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY")
-    p.add_argument("--judge-model", help="model name to send to the endpoint")
-    p.add_argument("--judge-concurrency", type=int, default=8, help="questions in flight at once; local: batch size")
-    p.add_argument("--judge-cache", help="file of paid verdicts, shared by processes; default: judge_cache.jsonl beside --out")
-    p.add_argument("--judge-price-in", type=float, default=0, help="dollars per million tokens sent")
-    p.add_argument("--judge-price-out", type=float, default=0, help="dollars per million tokens received")
-    p.add_argument("--max-cost", type=float, default=0, help="stop when the cache's verdicts have cost that many dollars; "
-                   "questions in flight may exceed it; 0 = no limit")
-
-
 def build_parser():
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="intervene.py", description="From prompts to preference pairs.")
@@ -528,7 +515,7 @@ def build_parser():
         if name in ("rollouts", "pairs", "benign"):
             lm_code.add_sampler_flags(p)
         if name in ("judge", "pairs", "benign"):
-            add_judge_flags(p)
+            client.add_judge_flags(p)
         if name in ("pairs", "benign"):
             p.add_argument("--triggers", default=str(HERE / "prompts" / "triggers.txt"), help="safety triggers, one a line")
         if name == "rollouts":
@@ -548,6 +535,7 @@ def main(argv=None):
     if "judge" in flags:  # with a hash of its rules or prompts, so that verdicts of different ones are never mixed
         args.judge = judge_of(args)
         flags["judge"] = args.judge.name
+
     def books():
         counts, more = work(args)
         return counts, {**more, "judge": args.judge.summary() if "judge" in flags else {}}

@@ -239,6 +239,19 @@ def in_parallel(function, items, concurrency, title, unit, note=lambda: ""):
         pool.shutdown(cancel_futures=True)
 
 
+def add_judge_flags(p):
+    """Flags of whatever judges."""
+    p.add_argument("--judge", default="rules", help="`rules` (toy world), `rules:FILE`, `local:PATH` (a chat model in this "
+                   "process), or a chat endpoint https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY")
+    p.add_argument("--judge-model", help="model name to send to the endpoint")
+    p.add_argument("--judge-concurrency", type=int, default=8, help="questions in flight at once; local: batch size")
+    p.add_argument("--judge-cache", help="file of paid verdicts, shared by processes; default: judge_cache.jsonl beside --out")
+    p.add_argument("--judge-price-in", type=float, default=0, help="dollars per million tokens sent")
+    p.add_argument("--judge-price-out", type=float, default=0, help="dollars per million tokens received")
+    p.add_argument("--max-cost", type=float, default=0, help="stop when the cache's verdicts have cost that many dollars; "
+                   "questions in flight may exceed it; 0 = no limit")
+
+
 class Cache:
     """Append-only JSON lines `{"id", ...}` that threads and processes share: what it holds is never paid for twice.
 

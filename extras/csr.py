@@ -14,6 +14,7 @@ import torch
 import data
 import intervene
 import model as lm_code
+from extras import client
 from extras.estimates import wilson
 
 
@@ -183,7 +184,7 @@ def at_flag(text):
 
 def csr_flags(p):
     lm_code.add_sampler_flags(p)
-    intervene.add_judge_flags(p)
+    client.add_judge_flags(p)
     p.add_argument("--at", type=at_flag, default="token", help="where to measure: token, step or every:K tokens")
     p.add_argument("--continuations", type=int, default=32, help="continuations of each prefix")
     p.add_argument("--no-share", action="store_true", help="sample all of them at each position (about ten times the cost)")

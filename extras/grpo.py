@@ -23,6 +23,7 @@ import data
 import intervene
 import ipo
 import model as lm_code
+from extras import client
 
 REWARDS = {"response": {"response": 1}, "gap": {"reasoning": 1, "response": -1}, "reasoning": {"reasoning": 1}}
 
@@ -230,7 +231,7 @@ def build_parser():
     lm_code.add_sampler_flags(p)
     # CHOICE: the gradient is that of the distribution sampled from only where the nucleus is all of it.
     p.set_defaults(temperature=1.0, top_p=1.0)
-    intervene.add_judge_flags(p)
+    client.add_judge_flags(p)
     return p
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import data
 import intervene
 import model as lm_code
+from extras import client
 from extras.csr import reasoning_only
 from extras.estimates import average, means, shares, show
 
@@ -244,7 +245,7 @@ def run_curve(args):
 
 def _flags(p):
     lm_code.add_sampler_flags(p)
-    intervene.add_judge_flags(p)
+    client.add_judge_flags(p)
     p.add_argument("--triggers", default=str(intervene.HERE / "prompts" / "triggers.txt"), help="safety triggers, one a line")
 
 
