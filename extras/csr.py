@@ -188,7 +188,7 @@ def csr_flags(p):
     p.add_argument("--at", type=at_flag, default="token", help="where to measure: token, step or every:K tokens")
     p.add_argument("--continuations", type=int, default=32, help="continuations of each prefix")
     p.add_argument("--no-share", action="store_true", help="sample all of them at each position (about ten times the cost)")
-    p.add_argument("--uncertain", type=int, default=30, help="prompts, those whose rollouts are closest to half safe; 0 = all mixed")
+    p.add_argument("--uncertain", type=int, default=30, help="prompts, the most uncertain first; 0 = all mixed ones")
     p.add_argument("--per-prompt", type=int, default=1, help="safe traces of each of them, and unsafe ones; 0 = all")
 
 

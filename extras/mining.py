@@ -170,7 +170,8 @@ def run_mine(args):
     pools = dict(zip(("mined", "hand_written", "difference"), pools))
     records = trials("choose", first, texts, chosen_with) + trials("test", second, tried, tested_with)
     data.write_jsonl(out, records)
-    data.write_text(out.with_name(f"{out.stem}_triggers.txt"), "\n".join(["# Mined by `intervene.py mine-triggers`", *pool, ""]))
+    data.write_text(out.with_name(f"{out.stem}_triggers.txt"),
+                    "\n".join(["# Mined by `intervene.py mine-triggers`", *pool, ""]))
     data.write_json(data.beside(out, "summary"), {
         "candidates": [{"trigger": t, "found": found[t], "success": e, "chosen": t in pool} for t, e in zip(texts, success)],
         "dropped": dict(dropped), "pools": pools,

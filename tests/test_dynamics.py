@@ -62,6 +62,7 @@ class ChainSampler:
 
     def __call__(self, requests, done=(), title=""):
         for r in requests:
+            assert r.prefix[-1] not in self.eos, "there is nothing to go on with"
             rng, ids = random.Random(r.id), []
             while not ids or ids[-1] not in self.eos:
                 ids += rng.choices(range(9), cum_weights=TOTALS[(ids or r.prefix)[-1]])
@@ -154,8 +155,9 @@ def test_csr_killed_while_writing_gives_the_same_records(tmp_path, killed, share
     for after in (3, 9):
         killed(lambda: measure("torn.jsonl"), data.Appender, "write", after, half_done=tear)
     assert measure("torn.jsonl") == whole and (tmp_path / "torn.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    before = (tmp_path / "whole.jsonl").stat().st_mtime_ns
-    assert measure("whole.jsonl") == whole and (tmp_path / "whole.jsonl").stat().st_mtime_ns == before
+    sampler = csr.reasoning_only(ChainSampler())
+    csr.measure_csr(tmp_path / "whole.jsonl", [(traces[0], list(range(10)))], sampler, BadJudge(), 8, 16, share)
+    assert sampler.sampled == 0, "what is there is not sampled again"
 
 
 def test_a_ratio_without_verdicts_never_counts_as_turned(tmp_path):
