@@ -41,6 +41,7 @@ INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
 EPOCHS=${EPOCHS:-1}                                     # of each training stage
 if [ "$MODEL" = toy/model ]; then                       # a model of a million parameters learns at another rate
     TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5} TRAIN_ARGS=${TRAIN_ARGS:-}
+    CONTINUATIONS=${CONTINUATIONS:-128}                 # of each prefix in `figures`; the paper's 32 are few for a window of ratios
 else
     if [ "$JUDGE" = rules ]; then echo "JUDGE=rules knows the toy world only; give the URL of a chat endpoint or local:PATH" >&2; exit 2; fi
     TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}  # more flags for training
@@ -102,7 +103,7 @@ if [ "${1:-}" = figures ]; then
     stage "DPO on whole trajectories, for Figure 7" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" \
         --seed "$SEED" --out "$RUN/dpo"
     stage "analysis" "$PYTHON" evaluate.py figures --run "$RUN" --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" "${judging[@]}" \
-        --kl "IPO, stage 1=$RUN/stage1" "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
+        --continuations "${CONTINUATIONS:-32}" --kl "IPO, stage 1=$RUN/stage1" "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
     echo "finished in $((SECONDS - started)) s"; exit
 fi
 
