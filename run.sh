@@ -86,7 +86,7 @@ if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalo
 
 if [ "${1:-}" = baselines ]; then                       # $RUN is only looked at, for IPO with both stages
     if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi  # too small to gain by more
-    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1}; fi
+    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4 1e-3} GRPO_EPOCHS=${GRPO_EPOCHS:-1}; fi
     evaluating=(--judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"})
     exec "$PYTHON" -m extras.baselines run --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" \
         --set $EVAL --triggers "$TRIGGERS" --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
