@@ -21,11 +21,13 @@ def measure(args):
     args.judge_cache = args.judge_cache or out / "judge_cache.jsonl"
 
     def flags(*names):
-        return [x for n in names if getattr(args, n) is not None for x in ("--" + n.replace("_", "-"), str(getattr(args, n)))]
-    traces = [x for n, f in (("traces", "rollouts"), ("steps", "steps"), ("verdicts", "verdicts")) for x in ("--" + n, str(run / f"{f}.jsonl"))]
+        given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+        return [x for n, value in given.items() for x in ("--" + n.replace("_", "-"), str(value))]
+    files = {"--traces": "rollouts", "--steps": "steps", "--verdicts": "verdicts"}
+    traces = [x for flag, name in files.items() for x in (flag, str(run / f"{name}.jsonl"))]
     judged = [*traces, *flags(*SAMPLER, *JUDGE)]
     stages = {"diversity": ["diversity", *traces[:2], *traces[4:]],
-              "csr": ["csr", *judged, "--at", args.at, "--continuations", str(args.continuations), "--uncertain", str(args.uncertain)],
+              "csr": ["csr", *judged, *flags("at", "continuations", "uncertain")],
               "turning_points": ["turning-points", *traces, "--csr", str(out / "csr.jsonl"), *flags("model")],
               "mined": ["mine-triggers", *judged, "--points", str(out / "turning_points.jsonl")],
               "curve": ["curve", *judged]}
@@ -67,8 +69,8 @@ def draw_gap(plt, rows):
     fig, ax = plt.subplots(figsize=(9, 0.5 * len(rows) + 0.8))
     for i, (label, results) in enumerate(rows):
         for k, e in enumerate(results):
-            ax.barh(i + 0.4 * k, 100 * (e["mean"] or 0), 0.36, color=COLOURS[(2, 1)[k]], label=("safe answer although unsafe reasoning",
-                    "unsafe answer although safe reasoning")[k] if i == 0 else None)
+            said = ("safe answer although unsafe reasoning", "unsafe answer although safe reasoning")[k]
+            ax.barh(i + 0.4 * k, 100 * (e["mean"] or 0), 0.36, color=COLOURS[(2, 1)[k]], label=said if i == 0 else None)
     ax.set_yticks([i + 0.2 for i in range(len(rows))], [label for label, _ in rows])
     ax.invert_yaxis()
     ax.set(xlabel="%", xlim=(0, 101))
@@ -136,57 +138,84 @@ def sensitivity_table(s):
     keys = ("safe_with_turning_point", "unsafe_with_turning_point", "pearson")
     rows = "".join("<tr>" + "".join(f"<td>{r[k]}</td>" for k in ("mu", "eta", "window", "continuations"))
                    + "".join(f"<td>{show(r[k])}</td>" for k in keys) + "</tr>" for r in s["sensitivity"])
-    return ("<details><summary>Sensitivity to mu, eta, the window and the number of continuations</summary><table><tr><th>mu</th><th>eta"
-            "</th><th>window</th><th>continuations</th><th>safe traces that turn</th><th>unsafe traces that turn</th><th>R</th></tr>"
-            f"{rows}</table></details>")
+    heads = ("mu", "eta", "window", "continuations", "safe traces that turn", "unsafe traces that turn", "R")
+    return ("<details><summary>Sensitivity to mu, eta, the window and the number of continuations</summary><table><tr>"
+            + "".join(f"<th>{h}</th>" for h in heads) + f"</tr>{rows}</table></details>")
 
 
-def gap_rows(evals):
-    """Of each model and harmful set: (label, [P(safe answer | unsafe reasoning), P(unsafe answer | safe reasoning)])."""
+# --------------------------------------------------------------------------------------- what the page says of them
+# Each function returns (title, what to see, the paper's value and ours, HTML).
+
+def gap(evals):
+    """Figures 2 and 3, from the joint tables of the evaluations; None where no set is harmful."""
     wanted = ("safe response | unsafe reasoning", "unsafe response | safe reasoning")
-    return [(f"{model}, {name}", [entry.get(m, {"mean": None}) for m in wanted]) for model, e in evals.items()
+    rows = [(f"{model}, {name}", [entry.get(m, {"mean": None}) for m in wanted]) for model, e in evals.items()
             for name, entry in e["sets"].items() if entry["kind"] == "harmful"]
+    if not rows:
+        return None
+    ours = " and ".join("no such trace" if r["mean"] is None else f"{100 * r['mean']:.1f}%" for r in rows[0][1])
+    return ("Figures 2 and 3: the gap between reasoning and response",
+            "See how rarely safe reasoning ends in an unsafe answer, and how often an answer is safe after unsafe reasoning.",
+            "The paper: 61 to 72% of answers are safe after unsafe reasoning, 0.1 to 0.6% unsafe after safe reasoning. Here, of "
+            f"the first model on the first set: {ours}.", figure(lambda plt: draw_gap(plt, rows)))
+
+
+def diversity(s):
+    """Figure 4."""
+    return ("Figure 4: how much a group of rollouts has to learn from",
+            "See how many prompts have no safe rollout: there a method that compares the rollouts of one prompt has no signal.",
+            f"Share of prompts without one: {against(s['histogram'][0], 0.36)} ({s['rollouts']} rollouts a prompt; the paper: 8.)",
+            figure(lambda plt: draw_diversity(plt, s)))
+
+
+def turning_points(s):
+    """Figure 5."""
+    return ("Figure 5: continuation safety ratio and its turning points",
+            "See the ratio jump at one step, the trigger, in safe traces and fall at the cue in unsafe ones.",
+            f"Safe traces with a turning point: {against(s['safe_with_turning_point'], 0.9)} (The paper: more than 0.9.) "
+            f"Correlation of cue and unsafe turning point: {against(s['pearson'], 0.85)}",
+            figure(lambda plt: draw_points(plt, s)) + sensitivity_table(s))
+
+
+def curve(s):
+    """Figure 6."""
+    return ("Figure 6: interventions without training",
+            "See how far a trigger in the cue's place lowers the harmful share, and that a neutral sentence there does not.",
+            f"After one intervention: {against(s['overall'][1], 0.6)} After the last: {against(s['overall'][-1], 0.15)}",
+            figure(lambda plt: draw_curve(plt, s)))
+
+
+def mined(s):
+    """The pool of mined triggers."""
+    pools = s["pools"]
+    return ("Triggers that the model gave away itself",
+            "See whether steps at turning points do as well as sentences written by hand.",
+            f"Mined pool {show(pools['mined'])}, by hand {show(pools['hand_written'])}, difference {show(pools['difference'])}. "
+            "The paper leaves this to future work.", pool_table(s))
+
+
+def divergence(models):
+    """Figure 7; models: summaries of stage `kl` by name."""
+    peaks = ", ".join(f"{name}: {max(e['value'] or 0 for e in s['by_token']):.2f} nats at token {s['peak_token']}, "
+                      f"{s['peak_offset']:+d} from the cue" for name, s in models.items())
+    return ("Figure 7: where training moved the model",
+            "See whether the model moved where the cues stand, or everywhere alike.",
+            f"The paper: IPO peaks at about 1.75 nats near token 50, where its cues stand; SFT is flat. Here the peaks are {peaks}.",
+            figure(lambda plt: draw_kl(plt, models)))
 
 
 def page_part(run, evals):
     """The part of the report that shows what `measure` wrote, as HTML; "" where nothing is there yet."""
-    found = {p.name.removesuffix(".summary.json"): json.loads(p.read_text()) for p in sorted((run / "dynamics").glob("*.summary.json"))}
+    found = {p.name.removesuffix(".summary.json"): json.loads(p.read_text())
+             for p in sorted((run / "dynamics").glob("*.summary.json"))}
     if not found:
         return ""
-    part = lambda title, see, said, *shown: f"<h3>{title}</h3><p>{see}</p><p>{escape(said)}</p>{''.join(shown)}"
-    html = ["<h2>Safety dynamics: the paper's figures</h2>"]
-    rows = gap_rows(evals)
-    if rows:
-        html.append(part("Figures 2 and 3: the gap between reasoning and response", "See how rarely safe reasoning ends in an unsafe answer, and "
-                         "how often an answer is safe although the reasoning before it was not.", "The paper: 61 to 72% of answers are safe "
-                         "after unsafe reasoning, 0.1 to 0.6% unsafe after safe reasoning. Here, of the first model on the first set: "
-                         + " and ".join("no such trace" if r["mean"] is None else f"{100 * r['mean']:.1f}%" for r in rows[0][1]) + ".",
-                         figure(lambda plt: draw_gap(plt, rows))))
-    if s := found.get("diversity"):
-        html.append(part("Figure 4: how much a group of rollouts has to learn from", "See how many prompts have no safe rollout at all: there "
-                         "a method that compares the rollouts of one prompt has no signal.", "Share of prompts without one: "
-                         + against(s["histogram"][0], 0.36) + f" (Here {s['rollouts']} rollouts a prompt, in the paper 8.)",
-                         figure(lambda plt: draw_diversity(plt, s))))
-    if p := found.get("turning_points"):
-        html.append(part("Figure 5: continuation safety ratio and its turning points", "See the ratio jump at one step, the trigger, in safe "
-                         "traces and fall at the cue in unsafe ones.", "Safe traces with a turning point: " + against(p["safe_with_turning_point"], 0.9)
-                         + " (The paper: more than 0.9.) Correlation of cue and unsafe turning point: " + against(p["pearson"], 0.85),
-                         figure(lambda plt: draw_points(plt, p)), sensitivity_table(p)))
-    if c := found.get("curve"):
-        html.append(part("Figure 6: interventions without training", "See how far one trigger in the cue's place lowers the harmful share, and that "
-                         "a neutral sentence there does not.", "After one intervention: " + against(c["overall"][1], 0.6)
-                         + " After the last: " + against(c["overall"][-1], 0.15), figure(lambda plt: draw_curve(plt, c))))
-    if m := found.get("mined"):
-        html.append(part("Triggers that the model gave away itself", "See whether steps at turning points do as well as sentences written by hand.",
-                         f"Mined pool {show(m['pools']['mined'])}, by hand {show(m['pools']['hand_written'])}, difference "
-                         f"{show(m['pools']['difference'])}. The paper leaves this to future work.", pool_table(m)))
-    if kl := {k[3:]: s for k, s in found.items() if k.startswith("kl_")}:
-        peaks = ", ".join(f"{k}: {max(e['value'] or 0 for e in s['by_token']):.2f} nats at token {s['peak_token']}, "
-                          f"{s['peak_offset']:+d} from the cue" for k, s in kl.items())
-        html.append(part("Figure 7: where training moved the model", "See whether the model moved where the cues stand, or everywhere alike.",
-                         f"The paper: IPO's KL peaks at about 1.75 nats near token 50, where its cues stand; SFT is flat. Here the peaks are {peaks}.",
-                         figure(lambda plt: draw_kl(plt, kl))))
-    return "".join(html)
+    named = {"diversity": diversity, "turning_points": turning_points, "curve": curve, "mined": mined}
+    parts = [gap(evals), *(say(found[name]) for name, say in named.items() if name in found)]
+    kl = {name[3:]: s for name, s in found.items() if name.startswith("kl_")}
+    parts += [divergence(kl)] if kl else []
+    return "<h2>Safety dynamics: the paper's figures</h2>" + "".join(
+        f"<h3>{escape(title)}</h3><p>{escape(see)}</p><p>{escape(said)}</p>{shown}" for title, see, said, shown in filter(None, parts))
 
 
 def add_flags(p):
