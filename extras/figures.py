@@ -153,7 +153,11 @@ def gap(evals):
             for name, entry in e["sets"].items() if entry["kind"] == "harmful"]
     if not rows:
         return None
-    ours = " and ".join("no such trace" if r["mean"] is None else f"{100 * r['mean']:.1f}%" for r in rows[0][1])
+    ours = " and ".join("no such trace" if r["mean"] is None else f"{100 * r['mean']:.1f}% [{100 * r['low']:.1f}, "
+                        f"{100 * r['high']:.1f}]" for r in rows[0][1])
+    ranges = zip(rows[0][1], ((0.61, 0.72), (0.001, 0.006)))
+    if any(r["mean"] is not None and (r["high"] < low or r["low"] > high) for r, (low, high) in ranges):
+        ours += "; this contradicts the paper, whose range lies outside our interval"
     return ("Figures 2 and 3: the gap between reasoning and response",
             "See how rarely safe reasoning ends in an unsafe answer, and how often an answer is safe after unsafe reasoning.",
             "The paper: 61 to 72% of answers are safe after unsafe reasoning, 0.1 to 0.6% unsafe after safe reasoning. Here, of "

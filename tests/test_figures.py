@@ -35,12 +35,14 @@ def run(tmp_path):
 
 
 def test_each_figure_has_the_papers_value_and_ours_and_is_escaped(run):
-    evals = {"b<": {"sets": {"h": {"kind": "harmful", "unsafe response | safe reasoning": {"mean": 0.01},
-                                   "safe response | unsafe reasoning": {"mean": 0.6}}, "t": {"kind": "task"}}}}
+    evals = {"b<": {"sets": {"h": {"kind": "harmful", "unsafe response | safe reasoning": {"mean": 0.01, "low": 0, "high": 0.02},
+                                   "safe response | unsafe reasoning": {"mean": 0.3, "low": 0.2, "high": 0.4}}, "t": {"kind": "task"}}}}
     html = figures.page_part(run, evals)
     for figure in ("Figures 2 and 3", "Figure 4", "Figure 5", "Figure 6", "Figure 7"):
         assert figure in html
-    assert "60.0% and 1.0%" in html
+    assert "30.0% [20.0, 40.0] and 1.0% [0.0, 2.0]; this contradicts the paper" in html
+    evals["b<"]["sets"]["h"]["safe response | unsafe reasoning"]["high"] = 0.61
+    assert "this contradicts the paper, whose" not in figures.page_part(run, evals)
     assert "Here 0.400 [0.300, 0.500] n=30; the paper&#x27;s 0.36 lies within our interval." in html
     assert "Here 1.000 [0.950, 1.000] n=30; this contradicts the paper&#x27;s 0.9, which lies outside our interval." in html
     assert "Here 0.300 [0.200, 0.400] n=30; this contradicts the paper&#x27;s 0.6" in html
