@@ -1,1 +1,1 @@
-"""What the method can be understood without: HTTP, the report's page, the memory plan."""
+"""What the method can be understood without: see the table in README.md, "Read it"."""
