@@ -59,10 +59,10 @@ def parse_jsonl(lines, path):
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
-                             "Each line must hold one JSON object; mend or delete that line.") from None
+                           "Each line must hold one JSON object; mend or delete that line.") from None
         if not isinstance(record, dict):
             raise BadInput(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
-                             'Write each record as {"id": ..., ...} on a line of its own.')
+                           'Write each record as {"id": ..., ...} on a line of its own.')
         records.append(record)
     return records
 
@@ -170,7 +170,7 @@ def _read_prompts(path, fields):
         field = next((f for f in fields if isinstance(row.get(f), str) and row[f].strip()), None)
         if field is None:
             raise BadInput(f"{path}, row {number}: no prompt. A row needs one of the columns "
-                             f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}.")
+                           f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}.")
         key = next((str(row[f]) for f in ID_FIELDS if row.get(f) not in (None, "")), str(number - 1))
         if key in seen:
             raise BadInput(f"{path}, row {number}: the id {key!r} comes twice. Ids name results; make them unique.")
@@ -203,7 +203,7 @@ def load_pairs(paths, max_length):
             for key in ("prefix_ids", "chosen_ids", "rejected_ids"):
                 if not pair.get(key) or not all(isinstance(t, int) for t in pair[key]):
                     raise BadInput(f"{path}, record {number}: {key} must be a non-empty list of token ids. "
-                                     "Make the file with `intervene.py pairs` or `intervene.py benign`.")
+                                   "Make the file with `intervene.py pairs` or `intervene.py benign`.")
             if pair["id"] in seen:
                 raise BadInput(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
             seen.add(pair["id"])
@@ -376,6 +376,7 @@ def begin(out, flags, inputs, **more):
     an input is missing, and when `out` was made with other flags or inputs, because its records could not be mixed
     with new ones. Where `out` is gone it is made again, and what else was left of it is removed.
     """
+    inputs = [prompts_path(p) for p in inputs]  # a set stands for its file
     for p in inputs:  # a model may be a name on the hub; a file with an ending is a file
         if Path(p).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") and not Path(p).is_file():
             raise SystemExit(f"{p}: no such file. (Published sets come by `python data.py fetch NAME`.)")

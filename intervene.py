@@ -539,8 +539,8 @@ def main(argv=None):
     def books():
         counts, more = work(args)
         return counts, {**more, "judge": args.judge.summary() if "judge" in flags else {}}
-    data.stage(args.out, flags, [data.prompts_path(flags[k]) if k == "prompts" else flags[k] for k in
-                                 ("model", "triggers", "reference", "csr", "points", *files) if k in flags], books)
+    inputs = [flags[k] for k in ("model", "triggers", "reference", "csr", "points", *files) if k in flags]
+    data.stage(args.out, flags, inputs, books)
 
 
 if __name__ == "__main__":

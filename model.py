@@ -382,14 +382,18 @@ class LocalSampler:
                             batch_size=batch_size)
         self.eos, self.context = eos_ids(path, self.tokenizer), context_length(path)
 
+    def load(self):
+        """The model, loaded at the first call."""
+        if self.model is None:
+            device = pick_device(self.device)
+            self.model = load_model(self.path, device, pick_dtype(self.dtype, device))
+        return self.model
+
     def __call__(self, requests, done=(), title="sampling"):
         """Yield a Completion for each request that is not in `done`, and perhaps for some that are (see `sample`)."""
         if all(r.id in done for r in requests):
             return
-        if self.model is None:
-            device = pick_device(self.device)
-            self.model = load_model(self.path, device, pick_dtype(self.dtype, device))
-        yield from sample(self.model, requests, eos=self.eos, done=done, title=title, **self.options)
+        yield from sample(self.load(), requests, eos=self.eos, done=done, title=title, **self.options)
 
 
 def add_sampler_flags(p):
@@ -461,13 +465,18 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
-def _sum_logps(model, hidden, targets, rows, n, chunk):
-    """Score targets (N,) from hidden (N, H) with the head and sum by row: float32 (n,)."""
+def head_logps(model, hidden, targets, chunk=0):
+    """Log-probabilities of targets (N,) from the hidden states (N, H) that predict them: float32 (N,), nats."""
     weight, kind = model.get_output_embeddings().weight, hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
     most, keep = head_chunk(kind, len(weight))
-    logps = TokenLogps.apply(hidden, weight, targets, chunk or most, keep)
+    return TokenLogps.apply(hidden, weight, targets, chunk or most, keep)
+
+
+def _sum_logps(model, hidden, targets, rows, n, chunk):
+    """`head_logps`, summed by row: float32 (n,)."""
+    logps = head_logps(model, hidden, targets, chunk)
     return torch.zeros(n, dtype=torch.float32, device=hidden.device).index_add(0, rows, logps)
 
 

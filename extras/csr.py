@@ -62,12 +62,10 @@ def uncertain(traces, verdicts, prompts, per_prompt):
 
 def states(sampler, trace):
     """Hidden states that predict each token of a trace, float (tokens, H), from a sampler of this process."""
-    if sampler.model is None:
-        device = lm_code.pick_device(sampler.device)
-        sampler.model = lm_code.load_model(sampler.path, device, lm_code.pick_dtype(sampler.dtype, device))
-    ids = torch.tensor([trace["prompt_ids"] + trace["ids"]], device=sampler.model.device)
+    model = sampler.load()
+    ids = torch.tensor([trace["prompt_ids"] + trace["ids"]], device=model.device)
     with torch.no_grad():
-        hidden = sampler.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
     return hidden[len(trace["prompt_ids"]) - 1:]
 
 

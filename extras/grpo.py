@@ -80,9 +80,7 @@ def token_logps(lm, input_ids, attention_mask, completion_mask, temperature=1.0)
     """
     scored = completion_mask[:, 1:].bool()
     hidden = lm.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    targets = input_ids[:, 1:][scored]                                       # (N,), each one a row of its own below
-    rows = torch.arange(len(targets), device=targets.device)
-    flat = lm_code._sum_logps(lm, hidden[:, :-1][scored] / temperature, targets, rows, len(targets), 0)
+    flat = lm_code.head_logps(lm, hidden[:, :-1][scored] / temperature, input_ids[:, 1:][scored])  # (N,)
     return flat.new_zeros(scored.shape).masked_scatter(scored, flat)
 
 

@@ -103,3 +103,13 @@ def test_a_stage_refuses_other_settings_and_other_inputs(tmp_path):
 def test_passwords_in_urls_do_not_reach_the_config(tmp_path):
     data.begin(tmp_path / "o.jsonl", {"judge": "https://me:secret@host/v1"}, [])
     assert "secret" not in (tmp_path / "o.config.json").read_text()
+
+
+def test_a_set_among_the_inputs_stands_for_its_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("IPO_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match="xstest_prompts.csv: no such file"):
+        data.begin(tmp_path / "out.jsonl", {}, ["xstest"])
+    (tmp_path / "xstest_prompts.csv").write_text("id,prompt\n")
+    data.begin(tmp_path / "out.jsonl", {}, ["xstest"])
+    inputs = json.loads((tmp_path / "out.config.json").read_text())["inputs"]
+    assert inputs == {str(tmp_path / "xstest_prompts.csv"): data.fingerprint(tmp_path / "xstest_prompts.csv")}
