@@ -1,98 +1,133 @@
-"""Files in, files out: prompts, JSONL records, the books of every stage, batches of pairs.
+"""Records, prompts, text and tokens, batches: what the other four modules pass to each other.
 
-    python data.py fetch jbb xstest math500                                 # published sets, see extras/sets.py
-    python data.py leakage --train star1 --drop-leaked clean.jsonl          # evaluation prompts among training prompts
+This is the first of five files (data -> model -> intervene -> ipo -> evaluate). A run is a folder
+of JSON-lines files; stages append records as they are made and skip the ids that they find:
 
-This is the first of five files (data <- model <- intervene <- ipo <- evaluate). It reads prompt sets in the formats that
-safety research uses, lays pairs out in batches, and gives each stage three habits:
+  field              type         written by         read by          what it is
 
-* records are JSON lines with an `id`, appended as results arrive and skipped by id on restart;
-* whole files are written to a temporary name and renamed, so a killed run leaves no half file behind;
-* beside every output stand `NAME.config.json` (flags, input hashes, versions) and, once the stage is finished,
-  `NAME.funnel.json` (what came in, what was dropped and why, what went out).
+  PROMPT, one a line of a prompt file
+  id, prompt         str          you                rollouts, eval.  further columns are kept
+  label, answer      str          you                evaluation       where the kind of set needs it
+
+  TRACE: rollouts.jsonl, pairs.rounds/*.traces.jsonl, eval/MODEL/SET.traces.jsonl
+  id                 str          rollouts, pairs    all later ones   PROMPT_ID#SAMPLE, ...@ROUND
+  prompt_id, sample  str, int     rollouts           pairs, eval.     k takes the k-th trigger
+  prompt             str          rollouts           judge, report
+  prompt_ids         [int]        rollouts           pairs            by the chat template
+  ids                [int]        rollouts, pairs    pairs            every token after the prompt
+  forced             int          pairs              studies          first ids, not sampled
+  opening, reasoning, closing, response
+                     str          rollouts, pairs    judge, report    the text of `ids`, taken apart
+  finished           str          rollouts, pairs                     "stop" or "length"
+  truncated          bool         rollouts, pairs    judge, pairs     it never closed its reasoning
+
+  STEPS: steps.jsonl
+  id, steps          str, [str]   steps              judge, pairs     they join to `reasoning`
+
+  VERDICT: verdicts.jsonl; a missing verdict is None, it is counted and never a label
+  id                 str          judge, evaluation  pairs, report    of the trace
+  reasoning_safe, response_safe
+                     bool, None   judge, evaluation  pairs, report
+  cue                int, None    judge, evaluation  pairs, report    first compliance cue, 0 = none
+  class, correct     str, bool    evaluation         report           on benign sets, on tasks
+
+  PAIR: pairs.jsonl, benign_pairs.jsonl
+  id, prompt_id      str          pairs, benign      train, report    id of the corrected trace
+  source, interventions
+                     str, int     pairs, benign                       "harmful" or "benign"; rounds
+  h, n_prompt        int, int     pairs, benign      train            tokens: shared trace, prompt
+  prompt, prefix, trigger, chosen, rejected
+                     str          pairs, benign      report           the same as text
+  prefix_ids         [int]        pairs, benign      train            prompt_ids + ids[:h]
+  chosen_ids, rejected_ids
+                     [int]        pairs, benign      train            from h to the end of each
+
+  METRICS of training: stage1/metrics.jsonl, a line a step
+  step, loss/..., rewards/..., logps/..., grad_norm, lr, tokens_per_s
+                     float        train              report           means over the batch's pairs
+
+  METRICS of evaluation: eval/MODEL/metrics.json
+  sets               dict         evaluation         report, compare  {set: {metric: estimate}}
+  estimate           dict         evaluation         report, compare  value, low, high, n, ...
 """
-import argparse
-import hashlib
-import json
-import os
 import random
-import re
-import shutil
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+from support.errors import InputError
+from support.files import json_line, read_jsonl, read_rows
 
-# The column that holds the prompt, by data set: STAR-1, JailbreakBench, StrongREJECT, WildJailbreak, MATH/AIME, ours.
+# The column that holds the prompt, by data set: ours, STAR-1, JailbreakBench, StrongREJECT,
+# WildJailbreak, MATH and AIME.
 PROMPT_FIELDS = ("prompt", "question", "Goal", "forbidden_prompt", "adversarial", "problem")
-ID_FIELDS = ("id", "Index", "unique_id", "")  # older JailbreakBench files leave the header of the index column empty
+# Older JailbreakBench files leave the header of the index column empty.
+ID_FIELDS = ("id", "Index", "unique_id", "")
 
-# Flags that say where or how fast a stage runs, never what it computes.
-VOLATILE_FLAGS = {"device", "out", "command", "save_every", "judge_concurrency",
-                  "compile", "defer_sync", "judge_cache", "judge_price_in", "judge_price_out", "max_cost"}
-
-
-class BadInput(SystemExit, ValueError):
-    """A file or value that cannot be used: a ValueError to callers; a command line ends with its message alone."""
+OPEN, CLOSE = "<think>", "</think>"
 
 
-# ---------------------------------------------------------------------------------------------------- JSON lines
+# ------------------------------------------------------------------------------- prompts, triggers
 
-def read_jsonl(path):
-    """Read a JSON-lines file of objects into a list of dicts.
+def load_prompts(path, limit=0, column=None):
+    """Read a file of prompts into `[{"id": str, "prompt": str, ...}]`, its other columns kept.
 
-    Raises ValueError naming file, line and remedy when a line is not a JSON object.
+    The file is .jsonl, .json, .csv, .tsv or .txt (one prompt a line), also with .gz. The prompt's
+    column is `column`, else the first of PROMPT_FIELDS that the row has, so published files load
+    as they are. `limit` > 0 keeps the first rows only. Raises InputError (file, row or line,
+    remedy) for what cannot be read, a row without a prompt, a repeated id and an empty file.
     """
-    with open(path, encoding="utf-8", newline="\n") as f:
-        return parse_jsonl(f, path)
+    fields = (column,) if column else PROMPT_FIELDS
+    prompts = []
+    seen = set()
+    for number, row in enumerate(read_rows(path), 1):
+        prompt = _first_text(row, fields)
+        if prompt is None:
+            raise InputError(
+                f"{path}, row {number}: no prompt. A row needs one of the columns "
+                f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}."
+            )
+        prompt_id = _id_of(row, number - 1)
+        if prompt_id in seen:
+            raise InputError(
+                f"{path}, row {number}: the id {prompt_id!r} comes twice. "
+                "Ids name results; make them unique."
+            )
+        seen.add(prompt_id)
+        prompts.append({**row, "id": prompt_id, "prompt": prompt})
+    if not prompts:
+        raise InputError(f"{path}: no prompts in it.")
+    return prompts[:limit] if limit else prompts
 
 
-def parse_jsonl(lines, path):
-    """The objects of JSON lines that came from the file `path`; see `read_jsonl`."""
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}). "
-                           "Each line must hold one JSON object; mend or delete that line.") from None
-        if not isinstance(record, dict):
-            raise BadInput(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}. "
-                           'Write each record as {"id": ..., ...} on a line of its own.')
-        records.append(record)
-    return records
+def _first_text(row, fields):
+    for field in fields:
+        value = row.get(field)
+        if isinstance(value, str) and value.strip():
+            return value
+    return None
 
 
-def dump(record):
-    """One record as one JSON line, without the newline."""
-    return json.dumps(record, ensure_ascii=False)
+def _id_of(row, number):
+    for field in ID_FIELDS:
+        if row.get(field) not in (None, ""):
+            return str(row[field])
+    return str(number)
 
 
-def write_text(path, text):
-    """Write a whole file atomically: to a temporary name beside it, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+def load_triggers(path):
+    """The pool of safety triggers (T in the paper), a sentence a line; `#` starts a comment."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    stripped = [line.strip() for line in lines]
+    triggers = [line for line in stripped if line and not line.startswith("#")]
+    if not triggers:
+        raise InputError(f"{path}: no triggers in it. Write one sentence a line.")
+    return triggers
 
 
-def write_json(path, value):
-    """Write one JSON document atomically, indented for people."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path, records):
-    """Write a whole JSON-lines file atomically."""
-    write_text(path, "".join(dump(r) + "\n" for r in records))
-
+# ------------------------------------------------------------------------------- records on disk
 
 class Appender:
-    """A JSON-lines file that survives being killed: what it holds by id, and a `write` that adds to it.
+    """A JSON-lines file that survives being killed: what it holds by id, and a way to add to it.
 
     A last line without its newline was torn by a kill; it is cut off, and its record is made again.
 
@@ -109,192 +144,202 @@ class Appender:
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as f:
-            f.seek(0)
-            content = f.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                f.truncate(whole)
-        self.done = {r["id"]: r for r in read_jsonl(self.path)}
+        with open(self.path, "ab+") as file:
+            file.seek(0)
+            content = file.read()
+            end_of_last_line = content.rfind(b"\n") + 1
+            if end_of_last_line < len(content):
+                file.truncate(end_of_last_line)
+        self.done = {record["id"]: record for record in read_jsonl(self.path)}
         self.file = open(self.path, "a", encoding="utf-8", newline="\n")
 
     def write(self, record):
-        """Append one record and hand it to the operating system; a record whose id is there already is not repeated."""
+        """Append one record and hand it to the operating system, unless its id is there already."""
         if record["id"] not in self.done:
             self.done[record["id"]] = record
-            self.file.write(dump(record) + "\n")
+            self.file.write(json_line(record) + "\n")
             self.file.flush()
 
     def close(self):
         self.file.close()
 
 
-# ------------------------------------------------------------------------------------------------------- prompts
+# -------------------------------------------------------------------------------- text and tokens
 
-def load_prompts(name_or_path, limit=0, data_dir=None, column=None, template=None):
-    """Read a set of extras/sets.py by name, or a file of prompts, into `[{"id": str, "prompt": str, ...}]`.
+def render_prompt(tokenizer, prompt):
+    """Token ids of one user turn up to the place where the model starts to write.
 
-    Sets are read from `data_dir` (see `prompts_path`), with the fields that extras/sets.py documents. A file is .jsonl,
-    .json, .csv, .tsv or .txt (one a line), also with .gz; its other columns are kept. Its prompt's column is `column`,
-    else the first of PROMPT_FIELDS that the row has, so published files load as they are. `template` is a jailbreak
-    template with {prompt} in it, for any set; the plain prompt is then kept as `goal`. CHOICE: none, because the
-    paper does not say which ones it used. `limit` > 0 keeps the first rows only. Raises ValueError (file, row or line,
-    remedy) for what cannot be read, a row without a prompt, an id that comes twice and an empty file.
+    The model's own chat template decides, without a system prompt. R1-Distill templates end with
+    `<think>\\n`, so the model's output begins inside the reasoning; Qwen3's end before it, and the
+    model opens the tag itself.
     """
-    from extras import sets
-    if template and "{prompt}" not in template:
-        raise BadInput(f"the template {template[:60]!r} has no {{prompt}} in it.")
-    path = prompts_path(name_or_path, data_dir)
-    if str(name_or_path) in sets.SETS:
-        prompts = sets.read(str(name_or_path), path)
-    else:
-        prompts = _read_prompts(path, (column,) if column else PROMPT_FIELDS)
-    if template:
-        prompts = [{**p, "goal": p["prompt"], "prompt": template.replace("{prompt}", p["prompt"])} for p in prompts]
-    return prompts[:limit] if limit else prompts
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(ids)
 
 
-def prompts_path(name_or_path, data_dir=None):
-    """The file that `load_prompts` reads: of a set, the one in `data_dir`, else in $IPO_DATA, else in ./data-sets."""
-    from extras import sets
-    if str(name_or_path) not in sets.SETS:
-        return Path(name_or_path)
-    # Not ./datasets: a folder of that name makes transformers believe that the package `datasets` is installed.
-    return Path(data_dir or os.environ.get("IPO_DATA") or "data-sets") / sets.SETS[str(name_or_path)].file
+class Trace(NamedTuple):
+    """A generation taken apart; the first four joined give its text back exactly."""
+    opening: str     # "<think>\n" where the model wrote it, else ""
+    reasoning: str   # z of the paper
+    closing: str     # "</think>" and the white space after it
+    response: str    # y of the paper; "" if truncated
+    truncated: bool  # no </think>: the reasoning never ended, so there is no response to judge
 
 
-def _read_prompts(path, fields):
-    from extras.files import read_rows
-    prompts, seen = [], set()
-    for number, row in enumerate(read_rows(path), 1):
-        field = next((f for f in fields if isinstance(row.get(f), str) and row[f].strip()), None)
-        if field is None:
-            raise BadInput(f"{path}, row {number}: no prompt. A row needs one of the columns "
-                           f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}.")
-        key = next((str(row[f]) for f in ID_FIELDS if row.get(f) not in (None, "")), str(number - 1))
-        if key in seen:
-            raise BadInput(f"{path}, row {number}: the id {key!r} comes twice. Ids name results; make them unique.")
-        seen.add(key)
-        prompts.append({**row, "id": key, "prompt": row[field]})
-    if not prompts:
-        raise BadInput(f"{path}: no prompts in it.")
-    return prompts
+def split_reasoning(text):
+    """Split a generation once, at the first `</think>`.
+
+    >>> split_reasoning("<think>\\nIs it safe? Yes.\\n</think>\\n\\nDone.")[:2]
+    ('<think>\\n', 'Is it safe? Yes.\\n')
+    >>> split_reasoning("<think>\\nIs it safe? Yes.\\n</think>\\n\\nDone.")[2:]
+    ('</think>\\n\\n', 'Done.', False)
+    >>> split_reasoning("It goes on and")
+    Trace(opening='', reasoning='It goes on and', closing='', response='', truncated=True)
+    """
+    opening = ""
+    body = text
+    if text.lstrip().startswith(OPEN):
+        body = text.lstrip()[len(OPEN):].lstrip("\n")
+        opening = text[:len(text) - len(body)]
+    reasoning, tag, rest = body.partition(CLOSE)
+    response = rest.lstrip()
+    closing = tag + rest[:len(rest) - len(response)]
+    return Trace(opening, reasoning, closing, response, truncated=not tag)
 
 
-def load_triggers(path):
-    """Read the pool of safety triggers (the paper's T), one sentence a line; `#` starts a comment line."""
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    triggers = [line for line in lines if line and not line.startswith("#")]
-    if not triggers:
-        raise BadInput(f"{path}: no triggers in it. Write one sentence a line.")
-    return triggers
+def decode(tokenizer, ids, eos=()):
+    """Text of generated ids, without the end-of-sequence token and with nothing else cleaned up."""
+    if ids and ids[-1] in eos:
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-# ------------------------------------------------------------------------------------------------ pairs and batches
+def token_index(tokenizer, ids, char):
+    """How many of `ids` lie wholly before character `char` of their decoded text.
+
+    This maps a sentence to its token without encoding anything again: sampled ids need not be the
+    canonical tokenisation of their text. Where a token straddles `char` it is not counted, so
+    `decode(ids[:i])` is always a prefix of the text and at most `char` long.
+    """
+    text = decode(tokenizer, ids)
+    low = 0
+    high = len(ids)
+    while low < high:  # the decoded length grows with the ids, but for a few broken characters
+        middle = (low + high + 1) // 2
+        if len(decode(tokenizer, ids[:middle])) <= char:
+            low = middle
+        else:
+            high = middle - 1
+    # Half a character decodes to one or more replacement characters: step back over such ends.
+    for i in range(min(low + 4, len(ids)), -1, -1):
+        head = decode(tokenizer, ids[:i])
+        if len(head) <= char and text.startswith(head):
+            return i
+    return 0
+
+
+# -------------------------------------------------------------- what samplers are asked and answer
+
+class Request(NamedTuple):
+    """One generation to make. `id` names it and seeds its own random generator."""
+    id: str
+    prefix: list  # token ids: prompt, or prompt + z[:h] + trigger
+
+
+class Completion(NamedTuple):
+    """What the model wrote after a prefix. `ids` end with EOS unless `finished` is "length"."""
+    id: str
+    ids: list
+    finished: str  # "stop" or "length"
+
+
+# ---------------------------------------------------------------------------------- pairs, batches
 
 def load_pairs(paths, max_length):
-    """Read pair records, drop those with a side longer than `max_length` tokens; returns (pairs, number dropped).
+    """Read pair records; returns (pairs, how many were dropped as longer than `max_length` tokens).
 
-    Raises ValueError for a record that lacks a field, has an empty side, or whose id comes twice.
+    Raises InputError for a record that lacks a field or has an empty side, and for a repeated id.
     """
-    pairs, seen, dropped = [], set(), 0
+    pairs = []
+    seen = set()
+    dropped = 0
     for path in paths:
         for number, pair in enumerate(read_jsonl(path), 1):
             for key in ("prefix_ids", "chosen_ids", "rejected_ids"):
-                if not pair.get(key) or not all(isinstance(t, int) for t in pair[key]):
-                    raise BadInput(f"{path}, record {number}: {key} must be a non-empty list of token ids. "
-                                   "Make the file with `intervene.py pairs` or `intervene.py benign`.")
+                if not _is_token_list(pair.get(key)):
+                    raise InputError(
+                        f"{path}, record {number}: {key} must be a non-empty list of token ids. "
+                        "Make the file with `intervene.py pairs` or `intervene.py benign`."
+                    )
             if pair["id"] in seen:
-                raise BadInput(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
+                raise InputError(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
             seen.add(pair["id"])
-            if len(pair["prefix_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_length:
+            longer_side = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+            if len(pair["prefix_ids"]) + longer_side > max_length:
                 dropped += 1
             else:
                 pairs.append(pair)
     return pairs, dropped
 
 
+def _is_token_list(value):
+    return bool(value) and all(isinstance(token, int) for token in value)
+
+
 def collate(sequences, device="cpu"):
-    """Right-pad (prefix_ids, completion_ids) sequences into the three (B, T) tensors of `completion_logps`.
+    """Right-pad (prefix_ids, completion_ids) sequences into the long (B, T) tensors of a batch.
+
+    `completion_mask` is 1 on completion tokens, `attention_mask` on all but padding.
 
     >>> batch = collate([([5, 6], [7]), ([5], [8, 9, 1])])
     >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
     ([[5, 6, 7, 0], [5, 8, 9, 1]], [[0, 0, 1, 0], [0, 1, 1, 1]])
     """
-    shape = len(sequences), max(len(p) + len(c) for p, c in sequences)
-    batch = {k: torch.zeros(shape, dtype=torch.long) for k in ("input_ids", "attention_mask", "completion_mask")}
+    import torch  # here, because most stages that import this module need no torch
+    longest = max(len(prefix) + len(completion) for prefix, completion in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    completion_mask = torch.zeros_like(input_ids)
     for row, (prefix, completion) in enumerate(sequences):
         end = len(prefix) + len(completion)
-        batch["input_ids"][row, :end] = torch.tensor(list(prefix) + list(completion))
-        batch["attention_mask"][row, :end] = 1
-        batch["completion_mask"][row, len(prefix):end] = 1
-    return {k: v.to(device) for k, v in batch.items()}
+        input_ids[row, :end] = torch.tensor(list(prefix) + list(completion))
+        attention_mask[row, :end] = 1
+        completion_mask[row, len(prefix):end] = 1
+    return {
+        "input_ids": input_ids.to(device),
+        "attention_mask": attention_mask.to(device),
+        "completion_mask": completion_mask.to(device),
+    }
 
 
-def pack(sequences):
-    """Lay (prefix, completion) sequences out as one row of trees: `prefix[:-1] | prefix[-1] + b1[:-1] | ...`, and so on.
+# Below, `parts` describes what each example costs: a dict {part: tokens} whose first key is the
+# prefix (see `support.trees.tree_parts`). Equal parts are computed once in a row of trees.
 
-    All sequences with one prefix form a tree; the prefix is its trunk, and equal completions are one branch of it.
-    A branch begins with a copy of the prefix's last token, which is what predicts the branch's first token.
-    Returns input_ids and position_ids (1, T); tree, for each tree the tokens of its trunk and of its branches;
-    scored, targets and branch (N,): the positions that predict a scored token, that token, and the branch it is in;
-    branch_of (B,): each sequence's branch.
-
-    >>> row = pack([([5, 6, 7], [8, 9]), ([5, 6, 7], [4]), ([5, 6, 7], [8, 9])])
-    >>> row["input_ids"], row["position_ids"], row["tree"]
-    ([[5, 6, 7, 8, 7]], [[0, 1, 2, 3, 2]], [[2, 2, 1]])
-    >>> row["scored"], row["targets"], row["branch"], row["branch_of"]
-    ([2, 3, 4], [8, 9, 4], [0, 0, 1], [0, 1, 0])
-    """
-    trees, numbers = {}, {}
-    for prefix, completion in sequences:
-        trees.setdefault(tuple(prefix), {})[tuple(completion)] = None
-    ids, positions, scored, targets, branch = [], [], [], [], []
-    for prefix, completions in trees.items():
-        ids += prefix[:-1]
-        positions += range(len(prefix) - 1)
-        for completion in completions:
-            scored += range(len(ids), len(ids) + len(completion))
-            positions += range(len(prefix) - 1, len(prefix) - 1 + len(completion))
-            branch += [len(numbers)] * len(completion)
-            ids += prefix[-1:] + completion[:-1]
-            targets += completion
-            numbers[prefix, completion] = len(numbers)
-    return {"input_ids": [ids], "position_ids": [positions], "scored": scored, "targets": targets, "branch": branch,
-            "tree": [[len(p) - 1, *map(len, cs)] for p, cs in trees.items()],
-            "branch_of": [numbers[tuple(p), tuple(c)] for p, c in sequences]}
-
-
-def tree_parts(sequences):
-    """What `pack` would lay down for some sequences, `{part: tokens}`; equal parts have equal keys, the trunk is first.
-
-    >>> list(tree_parts([([5, 6, 7], [8, 9]), ([5, 6, 7], [4])]).values())
-    [2, 2, 1]
-    """
-    parts = {}
-    for prefix, completion in sequences:
-        parts[hash(tuple(prefix))] = len(prefix) - 1
-        parts[hash((tuple(prefix), tuple(completion)))] = len(completion)
-    return parts
+def batch_tokens(indices, parts):
+    """Tokens in the row of some examples, equal parts counted once."""
+    row = {}
+    for i in indices:
+        row.update(parts[i])
+    return sum(row.values())
 
 
 def _by_tree(indices, parts):
+    """The examples grouped by their prefix."""
     trees = {}
     for i in indices:
-        trees.setdefault(next(iter(parts[i])), []).append(i)
+        prefix = next(iter(parts[i]))
+        trees.setdefault(prefix, []).append(i)
     return list(trees.values())
 
 
-def tokens_of(indices, parts):
-    """Tokens in the row of some examples, equal parts once. parts: for each example its `tree_parts`."""
-    return sum({k: n for i in indices for k, n in parts[i].items()}.values())
-
-
 def global_batches(parts, batch_size, epochs, seed):
-    """Index lists, one a step: every example once an epoch, in an order that depends on the seed and epoch alone.
+    """Index lists, one a step: every example once an epoch, in an order drawn from the seed.
 
-    parts: for each example its `tree_parts`. Whole trees are shuffled, so that their examples meet in one batch
-    (CHOICE) and the trunk is computed once; a batch holds `batch_size` examples even if that divides a tree.
+    Whole trees are shuffled, so that examples with one prefix meet in one batch (CHOICE) and the
+    prefix is computed once; a batch holds `batch_size` examples even if that divides a tree.
 
     >>> [sorted(b) for b in global_batches([{"x": 2}, {"y": 2}, {"x": 2}], 3, 2, seed=0)]
     [[0, 1, 2], [0, 1, 2]]
@@ -304,202 +349,36 @@ def global_batches(parts, batch_size, epochs, seed):
         trees = _by_tree(range(len(parts)), parts)
         random.Random(f"{seed} {epoch}").shuffle(trees)
         order = [i for tree in trees for i in tree]
-        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        for start in range(0, len(order), batch_size):
+            batches.append(order[start:start + batch_size])
     return batches
 
 
 def micro_batches(indices, parts, budget, rank=0, world=1):
-    """This rank's share of a global batch, cut so that no micro-batch of several examples exceeds `budget` tokens.
+    """This rank's share of a global batch, cut into micro-batches of at most `budget` tokens.
 
-    Trees go to the rank with the least to do, the largest first. Every rank gets the same number of lists (some may
-    be empty), because sharded ranks that make different numbers of forward passes wait for each other for ever.
+    A single example may exceed the budget. Trees go to the rank with the least to do, the largest
+    first. Every rank gets the same number of lists (some may be empty), because sharded ranks that
+    make different numbers of forward passes wait for each other for ever.
 
-    >>> parts = [{"x": 9, "a": 4}, {"y": 9, "b": 4}, {"x": 9, "c": 4}]               # 0 and 2 share a trunk
+    >>> parts = [{"x": 9, "a": 4}, {"y": 9, "b": 4}, {"x": 9, "c": 4}]  # 0 and 2 share a prefix
     >>> [micro_batches([0, 1, 2], parts, 17, rank, world=2) for rank in (0, 1)]
     [[[0, 2]], [[1]]]
     >>> [micro_batches([0, 1, 2], parts, 13, rank, world=2) for rank in (0, 1)]
     [[[0], [2]], [[1], []]]
     """
-    loads, shares = [0] * world, [[[]] for _ in range(world)]
-    for tree in sorted(_by_tree(indices, parts), key=lambda tree: -tokens_of(tree, parts)):
-        r = loads.index(min(loads))
-        loads[r] += tokens_of(tree, parts)
+    loads = [0] * world
+    shares = [[[]] for _ in range(world)]  # for each rank a list of micro-batches
+    trees = _by_tree(indices, parts)
+    trees.sort(key=lambda tree: -batch_tokens(tree, parts))
+    for tree in trees:
+        lightest = loads.index(min(loads))
+        loads[lightest] += batch_tokens(tree, parts)
+        share = shares[lightest]
         for i in tree:
-            if shares[r][-1] and tokens_of(shares[r][-1] + [i], parts) > budget:
-                shares[r].append([])
-            shares[r][-1].append(i)
-    return shares[rank] + [[]] * (max(map(len, shares)) - len(shares[rank]))
-
-
-def in_files(sizes, limit):
-    """Names in lists, each of about `limit` bytes at most: which weights go to which file.
-
-    >>> in_files({"a": 5, "b": 3, "c": 3}, limit=6)
-    [['a'], ['b', 'c']]
-    """
-    files, room = [], 0
-    for name, size in sizes.items():
-        if size > room:
-            files, room = files + [[]], limit
-        files[-1].append(name)
-        room -= size
-    return files
-
-
-def weight_files(path):
-    """The safetensors files of a model directory, or of a model on the hub, which is fetched first."""
-    from huggingface_hub import snapshot_download
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(path, allow_patterns=["*.json", "model*.safetensors"]))
-    index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
-    return [folder / name for name in sorted(set(names))]
-
-
-# ------------------------------------------------------------------------------------------- the books of a stage
-
-def beside(out, kind):
-    """The path of a stage's `config` or `funnel` file.
-
-    >>> beside("runs/toy/rollouts.jsonl", "funnel").as_posix()
-    'runs/toy/rollouts.funnel.json'
-    """
-    out = Path(out)
-    return out.with_name(f"{out.stem if out.suffix == '.jsonl' else out.name}.{kind}.json")
-
-
-def begin(out, flags, inputs, **more):
-    """Open a stage: write its config beside `out`; return its funnel if the stage is finished already, else None.
-
-    `flags` is a dict of everything that decides the result, `inputs` the files that it reads. Raises SystemExit when
-    an input is missing, and when `out` was made with other flags or inputs, because its records could not be mixed
-    with new ones. Where `out` is gone it is made again, and what else was left of it is removed.
-    """
-    inputs = [prompts_path(p) for p in inputs]  # a set stands for its file
-    for p in inputs:  # a model may be a name on the hub; a file with an ending is a file
-        if Path(p).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt") and not Path(p).is_file():
-            raise SystemExit(f"{p}: no such file. (Published sets come by `python data.py fetch NAME`.)")
-    config = {"flags": {k: public(v) for k, v in flags.items() if k not in VOLATILE_FLAGS},
-              "inputs": {str(p): fingerprint(p) for p in inputs}, **more}
-    path, done, changed = beside(out, "config"), beside(out, "funnel"), []
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{k}: {old[part].get(k)!r} then, {config[part].get(k)!r} now" for part in ("flags", "inputs")
-                   for k in {**old[part], **config[part]} if old[part].get(k) != json.loads(json.dumps(config[part].get(k)))]
-        if changed and Path(out).exists():
-            raise SystemExit(f"{out} was made with other settings ({'; '.join(changed)}). "
-                             f"Use another run folder (RUN=...), or delete {out} to make it again.")
-    if not Path(out).exists():
-        done.unlink(missing_ok=True)
-    if changed or not path.exists():
-        shutil.rmtree(Path(out).with_suffix(".rounds"), ignore_errors=True)
-        write_json(path, {**config, "versions": versions(), "commit": git_commit()})
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-
-
-def finish(out, stage, counts, **more):
-    """Close a stage: store its funnel beside `out`, print it as one line, and return it."""
-    funnel = {"stage": stage, "counts": counts, **more}
-    write_json(beside(out, "funnel"), funnel)
-    print(funnel_line(funnel), flush=True)
-    return funnel
-
-
-def stage(out, flags, inputs, work):
-    """Run `work() -> (counts, more to keep in the funnel)` between `begin` and `finish`; not if it is finished already."""
-    finished = begin(out, flags, inputs)
-    if finished:
-        return print(funnel_line(finished), "(finished before)")
-    counts, more = work()
-    return finish(out, Path(out).name.removesuffix(".jsonl"), counts, **{k: v for k, v in more.items() if v})
-
-
-def funnel_line(funnel):
-    """A funnel as one readable line.
-
-    >>> funnel_line({"stage": "pairs", "counts": {"unsafe": 40, "cue found": 38, "pairs": 30}})
-    'pairs: 40 unsafe -> 38 cue found -> 30 pairs'
-    """
-    line = f"{funnel['stage']}: " + " -> ".join(f"{n} {name}" for name, n in funnel["counts"].items())
-    bill = ", ".join(f"{n} {name}" for name, n in funnel.get("judge", {}).items())
-    return line + (f" (judge: {bill})" if bill else "")
-
-
-def fingerprint(path):
-    """The first 16 hex digits of a file's SHA-256; of a model directory's, over its weights and settings.
-
-    A name that is no local path (a model on the hub) stands for itself. Of a file over 64 MB the size, the first and
-    the last megabyte are hashed: training changes every weight, and 16 GB would take a minute at each stage.
-    """
-    path = Path(path)
-    if not path.exists():
-        return str(path)
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
-    digest = hashlib.sha256()
-    for p in files:
-        size, megabyte = p.stat().st_size, 1 << 20
-        with open(p, "rb") as f:
-            if size > 64 * megabyte:
-                digest.update(f"{p.name} {size}".encode() + f.read(megabyte))
-                f.seek(-megabyte, os.SEEK_END)
-            digest.update(f.read())
-    return digest.hexdigest()[:16]
-
-
-def digest(text):
-    """The first 16 hex digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def versions():
-    """Versions of Python and of the packages that decide results."""
-    return {"python": sys.version.split()[0],
-            **{name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}
-
-
-def git_commit():
-    """The commit of this checkout, with `+changes` if files differ from it; None outside a repository."""
-    def git(*command):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True)
-    if not shutil.which("git") or git("rev-parse", "HEAD").returncode:
-        return None
-    return git("rev-parse", "HEAD").stdout.strip() + ("+changes" if git("status", "--porcelain").stdout else "")
-
-
-def public(value):
-    """A flag's value as it may stand in a file: user and password are taken out of URLs."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", value) if isinstance(value, str) else value
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-def build_parser():
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Get data sets; check training prompts against them.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("fetch", help="download sets", description="Download sets at fixed commits, and check them.")
-    p.add_argument("sets", nargs="+", help="names of sets (see extras/sets.py), or `all`")
-    p.add_argument("--data-dir", help="folder of their files (default: $IPO_DATA, else ./data-sets)")
-    p = commands.add_parser("leakage", help="evaluation prompts among training prompts", description="Find exact and near "
-                            "duplicates between training prompts and evaluation sets; drop them.")
-    p.add_argument("--train", required=True, help="training prompts: a file or the name of a set")
-    p.add_argument("--eval", nargs="+", help="evaluation sets, names or files (default: all that are in --data-dir)")
-    p.add_argument("--data-dir", help="folder of the sets' files (default: $IPO_DATA, else ./data-sets)")
-    p.add_argument("--column", help="column of the prompts in the file --train, if it has an unusual name")
-    p.add_argument("--threshold", type=float, default=0.5, help="score of a near duplicate, up to 1 (default: 0.5)")
-    p.add_argument("--show", action="store_true", help="print the texts too")
-    p.add_argument("--drop-leaked", metavar="OUT", help="write the training prompts that do not leak to this .jsonl file")
-    return parser
-
-
-def main(argv=None):
-    """Run one command of the command line."""
-    from extras import leakage, sets
-    args = build_parser().parse_args(argv)
-    command = sets.fetch_all if args.command == "fetch" else leakage.report
-    command(**{k: v for k, v in vars(args).items() if k != "command"})
-
-
-if __name__ == "__main__":
-    main()
+            if share[-1] and batch_tokens(share[-1] + [i], parts) > budget:
+                share.append([])
+            share[-1].append(i)
+    longest = max(map(len, shares))
+    missing = longest - len(shares[rank])
+    return shares[rank] + [[]] * missing

@@ -1,190 +1,434 @@
-"""From prompts to preference pairs: rollouts, steps, verdicts, interventions (Section 4, Algorithm 1).
+"""From prompts to preference pairs: rollouts, steps, verdicts, interventions (Algorithm 1).
 
     python intervene.py rollouts --model M --prompts prompts.jsonl --out runs/my/rollouts.jsonl
-    python intervene.py {steps,judge,pairs,benign} --help         # run.sh calls them in order; the others are analysis
+    python intervene.py {steps,judge,pairs,benign} --help        # run.sh calls them in this order
 
-A *trace* is everything a model produced after a prompt. Its record holds the token ids (`prompt_ids`, `ids`), of which
-the first `forced` were put there by an intervention and the rest sampled; all cutting is done on those ids, and no
-prefix is ever encoded again. Judges and triggers are the two seams for forks: `make_judge` and `prompts/triggers.txt`.
+A *trace* is everything a model wrote after a prompt. Its record holds token ids (`prompt_ids`,
+`ids`), of which the first `forced` were put there by an intervention and the rest were sampled. All
+cutting is done on those ids, and no prefix is ever encoded again.
+
+Where a fork changes things: for another judge, add a branch to `make_judge` (the table above
+`LABELS` says what a judge answers) or edit its prompts, prompts/judge_*.txt; for other triggers,
+edit prompts/triggers.txt or pass --triggers FILE; for another source of samples, add a branch to
+`sampler_from_flags`.
 """
 import argparse
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-import data
-import model as lm_code
-from extras import client
-from extras.server import ServerSampler
+from data import (
+    Appender,
+    Request,
+    decode,
+    load_prompts,
+    load_triggers,
+    render_prompt,
+    split_reasoning,
+    token_index,
+)
+from support.cache import Cache
+from support.errors import InputError, exit_cleanly
+from support.files import digest, json_line, read_jsonl, write_jsonl
+from support.http import Endpoint, RequestFailed, in_parallel, token_usage
+from support.stages import fingerprint, run_stage
 
 HERE = Path(__file__).resolve().parent
+DEFAULT_TRIGGERS = str(HERE / "prompts" / "triggers.txt")
 
-# ---------------------------------------------------------------------------------------------------------- steps
 
-# One scan from left to right. Code and maths come first, so that no boundary can be found inside them.
-# Every branch stops at the next delimiter of its own kind: that is what keeps the scan linear.
+# -------------------------------------------------------------------------------------------- steps
+
+# One scan from left to right. Code and maths come first, so that no step ends inside them.
+# Every branch stops at the next delimiter of its own kind: that keeps the scan linear in time.
 _SCAN = re.compile(r"""
-    (?<!`)(?P<fence>`{3,})(?:[^`\s]*[ \t]*|(?<=^```)[^`\n]*)\r?\n   # a block, opened by ```word or a ``` line
-        (?s:.*?)(?:^[ \t>]*(?P=fence)`*(?=[ \t\r]*$)|\Z)            # generation may end before it is closed
-  | (?<!`)(?P<ticks>`{1,3})(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`)        # `code`
-  | \\[\\$`]                                                        # \$ is a dollar sign, it opens no maths
-  | (?:(?P<dollars>\$\$)|\\[(\[])                                   # $$x$$, \(x\), \[x\]; no blank line inside,
-        (?:[^\\$\n]|\\[^()\[\]]|\n(?!\s*\n))+(?(dollars)\$\$|\\[)\]])   # so an unclosed one cannot swallow more
-  | \$(?!\s)(?:[^\\$\n]|\\.)+(?<!\s)\$(?!\d)                        # $x$, but neither "$5 and $6" nor "$5-$6"
-  | (?P<always>(?<=\S)\s*[\r\n]                                     # blanks, then newlines: one token in BPE
-      | (?<![。！？])[。！？]+["'”’」』）》】)\]]*                     # CJK writes no space between sentences
+    # A code block, opened by ```word or by a line that starts with ```.
+    # It may be unclosed, because generation can end inside it.
+    (?<!`)(?P<fence>`{3,})(?:[^`\s]*[ \t]*|(?<=^```)[^`\n]*)\r?\n
+        (?s:.*?)(?:^[ \t>]*(?P=fence)`*(?=[ \t\r]*$)|\Z)
+
+    # Inline code: `x`, ``x`` or ```x```.
+  | (?<!`)(?P<ticks>`{1,3})(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`)
+
+    # \$ is a dollar sign and opens no maths.
+  | \\[\\$`]
+
+    # $$x$$, \(x\) or \[x\]. No blank line inside, so that an unclosed one swallows no more.
+  | (?:(?P<dollars>\$\$)|\\[(\[])
+        (?:[^\\$\n]|\\[^()\[\]]|\n(?!\s*\n))+(?(dollars)\$\$|\\[)\]])
+
+    # $x$, but neither "$5 and $6" nor "$5-$6".
+  | \$(?!\s)(?:[^\\$\n]|\\.)+(?<!\s)\$(?!\d)
+
+    # What always ends a step: newlines with the blanks before them (one token in BPE),
+    # or a CJK full stop, because CJK writes no space between sentences.
+  | (?P<always>(?<=\S)\s*[\r\n]
+      | (?<![。！？])[。！？]+["'”’」』）》】)\]]*
         (?![。！？"'”’」』）》】)\].!?…,;:，、；：]|\s*[\r\n]))
+
+    # What may end a step: . ! ? … with closing quotes and brackets; what follows decides.
   | (?P<stop>[.!?…]+)["'”’»)\]}*_]*
         (?=(?P<gap>[ \t\xa0\u3000]*)["'“‘«(\[{*_]*(?P<next>\w{1,15}\.?|\S?))
 """, re.VERBOSE | re.MULTILINE)
-_MARKER = re.compile(r"[\s>#*+-]*\(?(?:\d{1,3}(?:\.\d+)*|[A-Za-z]|[ivxIVX]+)[.)]+[*_]*")  # 1. - 2.1. **(a).
+# Markers of list items: "1.", "- 2.1.", "**(a)."
+_MARKER = re.compile(r"[\s>#*+-]*\(?(?:\d{1,3}(?:\.\d+)*|[A-Za-z]|[ivxIVX]+)[.)]+[*_]*")
 _LAST_WORD = re.compile(r"[\w.]*\Z")
 _INITIALS = re.compile(r"(?:[A-Z]\.)*[A-Z]")  # "J", "U.S"
 
-# Case matters: "Ms. Hill", but "it took 5 ms. Then". "etc" is missing: CHOICE, before a capital it ends a step.
-_NEVER_LAST = frozenset("e.g E.g i.e I.e vs cf Cf al viz approx Approx fig figs Fig Figs eq eqs Eq Eqs "
-                        "Dr Mr Mrs Ms Prof St Mt Gen Sen Gov Capt Lt Col Sgt Rev".split())
-_BEFORE_NUMBER = frozenset("No Nos p pp ch Ch vol Vol sec Sec Art ca "
-                           "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split())
+# Abbreviations that never end a step. Case matters: "Ms. Hill", but "it took 5 ms. Then".
+# CHOICE: "etc" is missing, so before a capital letter it ends a step.
+_NEVER_LAST = frozenset(
+    "e.g E.g i.e I.e vs cf Cf al viz approx Approx fig figs Fig Figs eq eqs Eq Eqs "
+    "Dr Mr Mrs Ms Prof St Mt Gen Sen Gov Capt Lt Col Sgt Rev".split())
+_BEFORE_NUMBER = frozenset(
+    "No Nos p pp ch Ch vol Vol sec Sec Art ca "
+    "Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split())
+# Abbreviations that may end a step ("the U.S. The", "at 5 p.m. But"): the next word decides.
 _SOMETIMES_LAST = frozenset("a.m p.m v Inc Co Corp Ltd Jr Sr Ph.D".split())
-# "the U.S. The", "is C. Let", "at 5 p.m. But": the word after an ambiguous full stop decides.
-_OPENERS = frozenset("A Actually After Again Also Alternatively An And Another Any As At Because Both But By "
-                     "Each First For From Given He Hence Here Hmm How However I If In Instead It Let Maybe "
-                     "My Next No Not Now Okay On One Or Perhaps Second She Since So That The Their Then "
-                     "There Therefore These They This Those Thus To Wait We What When Where Which While Why "
-                     "With Yes You".split())
+_OPENERS = frozenset(
+    "A Actually After Again Also Alternatively An And Another Any As At Because Both But By "
+    "Each First For From Given He Hence Here Hmm How However I If In Instead It Let Maybe "
+    "My Next No Not Now Okay On One Or Perhaps Second She Since So That The Their Then "
+    "There Therefore These They This Those Thus To Wait We What When Where Which While Why "
+    "With Yes You".split())
 
 
 def split_steps(text: str) -> list[str]:
-    r"""Split a reasoning trace into steps (Section 4 / Alg. 1: a step is one sentence of the reasoning).
+    r"""Split a reasoning trace into steps (Section 4, Algorithm 1: a step is one sentence).
 
-    The steps concatenate to `text` exactly. A step owns its trailing newlines and the next one its leading
-    spaces: with byte-level BPE (Qwen2, Llama 3) those cuts never fall inside a token, except after CJK stops.
+    The steps concatenate to `text` exactly. A step owns its trailing newlines and the next one its
+    leading spaces: with byte-level BPE (Qwen2, Llama 3) those cuts never fall inside a token,
+    except after CJK stops.
 
     >>> split_steps("Mr. Hill has 3.5 kg, i.e. a lot. Is it?  Yes!\n\n1. Weigh it.\n")
     ['Mr. Hill has 3.5 kg, i.e. a lot.', ' Is it?', '  Yes!\n\n', '1. Weigh it.\n']
     >>> split_steps(r"Let \(x = 1. Y\) hold. ok... wait, 'Stop!' he said, `a. B` is wrong.")
     ["Let \\(x = 1. Y\\) hold. ok... wait, 'Stop!' he said, `a. B` is wrong."]
     """
-    end = len(text.rstrip())  # a cut behind this would leave a step of blanks
-    cuts = [0]
+    steps = []
+    start = 0
+    end = len(text.rstrip())
     for match in _SCAN.finditer(text):
-        if match.end() < end and (match["always"] or match["stop"] and _ends_step(text, cuts[-1], match)):
-            cuts.append(match.end())
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)]) if a < b]
+        if match.end() >= end:
+            break  # a cut here would leave a step of blanks
+        # Code and maths match too, with neither group set: that is how they are skipped.
+        if match["always"] or (match["stop"] and _ends_step(text, start, match)):
+            steps.append(text[start:match.end()])
+            start = match.end()
+    if start < len(text):
+        steps.append(text[start:])
+    return steps
 
 
 def _ends_step(text: str, start: int, match: re.Match) -> bool:
     """Whether the punctuation in `match` ends the step that began at `start`."""
     following = match["next"]
+    # "3.5", "main.c", or the end of a line, which the newline itself will end
+    if not match["gap"] or not following:
+        return False
     # CHOICE: a lower-case word continues the sentence, even after a full stop.
-    if not match["gap"] or not following or following[0].islower() or following[0] in ".!?…,;:)]}":
+    if following[0].islower() or following[0] in ".!?…,;:)]}":
         return False
     if match["stop"] == ".":
         # A short slice, because looking back without a bound would be quadratic.
-        word = _LAST_WORD.search(text[max(0, match.start() - 10):match.start()])[0]
-        if word in _NEVER_LAST or word in _BEFORE_NUMBER and following[0].isdigit():
+        before = text[max(0, match.start() - 10):match.start()]
+        word = _LAST_WORD.search(before)[0]
+        if word in _NEVER_LAST:
             return False
-        if (word in _SOMETIMES_LAST or _INITIALS.fullmatch(word)) and following not in _OPENERS:
+        if word in _BEFORE_NUMBER and following[0].isdigit():
+            return False  # "No. 5", but "Is it? No. Bob did."
+        ambiguous = word in _SOMETIMES_LAST or _INITIALS.fullmatch(word)
+        if ambiguous and following not in _OPENERS:
             return False
-    return not _MARKER.fullmatch(text, start, match.end())  # a list marker stays with its item
+    # A list marker stays with its item.
+    return not _MARKER.fullmatch(text, start, match.end())
 
 
-# --------------------------------------------------------------------------------------------------------- judges
+# ------------------------------------------------------------------------------------------- judges
 #
 # A judge answers questions about texts in batches:
 #
 #     judge.ask(question, items) -> iterator of answers, in the order of the items
 #
-#   question       item                                     answer
-#   "reasoning"    {"prompt": str, "text": str}             True = safe, False = unsafe
-#   "response"     {"prompt": str, "text": str}             True = safe, False = unsafe
-#   "cue"          {"prompt": str, "steps": [str, ...]}     number of the first compliance cue, from 2 on; 0 = none
-#   "compliance"   {"prompt": str, "text": str}             "full", "partial" or "refusal"
-#   "strongreject" {"prompt": str, "text": str}             refusal 0/1, convincing and specific 1..5 as digits: "034"
+#   question       item has        answer
+#   "reasoning"    prompt, text    True = safe, False = unsafe
+#   "response"     prompt, text    True = safe, False = unsafe
+#   "cue"          prompt, steps   number of the first compliance cue, from 2 on; 0 = none
+#   "compliance"   prompt, text    "full", "partial" or "refusal"
+#   "strongreject" prompt, text    refusal 0/1, convincing and specific 1..5 as digits: "034"
 #
-# An answer of None means that there is no valid verdict. It is counted and never turned into a label. A judge also has a
-# `name`, which goes into the books, and a `summary()` of what came of its questions. The toy world's is in toy/world.py.
+# An item is {"prompt": str, "text": str} or {"prompt": str, "steps": [str, ...]}. An answer of
+# None means that there is no valid verdict; it is counted and never turned into a label. A judge
+# also has a `name`, which is recorded with its verdicts, and a `summary()` of what came of its
+# questions, a dict of numbers.
 
-LABELS = {"reasoning": {"safe": True, "unsafe": False}, "response": {"safe": True, "unsafe": False},
-          "compliance": {a: a for a in ("full", "partial", "refusal")},
-          "strongreject": {r + c + s: r + c + s for r in "01" for c in "12345" for s in "12345"}}
-JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
+# The words that a reply may end with, and the answer that each stands for; a cue is a number.
+LABELS = {
+    "reasoning": {"safe": True, "unsafe": False},
+    "response": {"safe": True, "unsafe": False},
+    "compliance": {word: word for word in ("full", "partial", "refusal")},
+    "strongreject": {r + c + s: r + c + s for r in "01" for c in "12345" for s in "12345"},
+}
+JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set
 
 
-class ChatJudge:
-    """A chat model behind an OpenAI-compatible `/chat/completions` endpoint; its prompts are `prompts/judge_*.txt`.
+class PromptedJudge:
+    """What judges that are language models share: the prompts in prompts/judge_*.txt."""
 
-    Valid verdicts go to the file `cache`, under the hash of all that determines them. `http`: see client.Endpoint.
+    def __init__(self, name):
+        self.prompts = {}
+        for path in sorted((HERE / "prompts").glob("judge_*.txt")):
+            question = path.stem.removeprefix("judge_")
+            self.prompts[question] = path.read_text(encoding="utf-8")
+        # With a hash of the prompts in the name, verdicts of different prompts are never mixed.
+        self.name = f"{name}:{digest(''.join(self.prompts.values()))}"
+        self.counts = Counter()  # outcome -> number of questions
+
+    def content(self, question, item, structured):
+        """The message to the model. What is judged stands between marks that it cannot contain."""
+        if "text" in item:
+            text = item["text"]
+        else:
+            # A step stays on one line, lest a list inside it be taken for the numbers.
+            lines = [" ".join(step.split()) for step in item["steps"]]
+            text = "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+        # A text that holds the mark could pose as the end of the text and give orders to the judge.
+        mark = "#####"
+        while mark in text or mark in item["prompt"]:
+            mark += "#"
+        values = {
+            "MARK": mark,
+            "PROMPT": item["prompt"],
+            "TEXT": text,
+            "ANSWERS": _possible_answers(question, structured),
+        }
+        template = self.prompts[question] + self.prompts["json" if structured else "text"]
+        # One pass, so that a placeholder inside what is judged stays as it is.
+        return re.sub(r"\{(MARK|PROMPT|TEXT|ANSWERS)\}", lambda found: values[found[1]], template)
+
+
+def _possible_answers(question, structured):
+    if question == "cue":
+        return "the number"
+    if question == "strongreject":
+        return "the three digits, in quotes" if structured else "the three digits"
+    words = LABELS[question]
+    if structured:
+        words = [f'"{word}"' for word in words]
+    return " or ".join(words)
+
+
+class ChatJudge(PromptedJudge):
+    """A chat model behind an OpenAI-compatible `/chat/completions` endpoint, at temperature 0.
+
+    Replies follow a JSON schema or, where the server rejects that, end with a line `ANSWER: x`.
+    Valid verdicts go to the file `cache`, under the hash of all that determines them, and are never
+    paid for twice. `http` are further settings of the Endpoint.
     """
 
     def __init__(self, url, model, concurrency=8, cache=None, keys=JUDGE_KEYS, **http):
-        self._setup(model)
-        self.chat = client.Chat(url, model, keys, concurrency, cache, **http)
-
-    def _setup(self, name):
-        self.prompts = {p.stem[6:]: p.read_text(encoding="utf-8") for p in sorted((HERE / "prompts").glob("judge_*.txt"))}
-        self.name, self.counts = f"{name}:" + data.digest("".join(self.prompts.values())), Counter()
+        super().__init__(model)
+        self.model = model
+        self.cache = Cache(cache)
+        self.structured = None  # whether the server takes a JSON schema; None: not known yet
+        # What earlier runs paid for the cache's verdicts counts towards the cost limit.
+        spent = sum(record["cost"] for record in self.cache.records.values())
+        url = url.rstrip("/") + "/chat/completions"
+        self.endpoint = Endpoint(url, keys, concurrency, spent_before=spent, **http)
 
     def ask(self, question, items):
-        """See the table above; None where it refused or all tries gave no valid reply. Equal items are asked once."""
-        keys, verdicts = [data.dump(item) for item in items], {}
-        note = lambda: ", ".join(f"{n} {name}" for name, n in self.summary().items())
-        asked = client.in_parallel(lambda key: self._ask(question, json.loads(key)), dict.fromkeys(keys),
-                                   self.chat.endpoint.concurrency, f"judging: {question}", "verdict", note)
+        """See the table above; None where the model refused or no try gave a valid reply.
+
+        Equal items are asked once. Raises ServiceError when the server cannot be used.
+        """
+        keys = [json_line(item) for item in items]
+        different = dict(zip(keys, items))
+        found = in_parallel(
+            partial(self._verdict, question),
+            different.values(),
+            self.endpoint.concurrency,
+            f"judging: {question}",
+            "verdict",
+            self._progress,
+        )
+        verdicts = {}
         for key in keys:
             if key not in verdicts:
-                verdicts[key] = next(asked)
+                verdicts[key] = next(found)  # they come in the order of `different`
             answer, outcome = verdicts[key]
             self.counts[outcome] += 1
             yield answer
 
-    def _ask(self, question, item):
-        answer = {"type": "string", "enum": list(LABELS[question])} if question in LABELS else {"type": "integer"}
-        return self.chat.verdict([self.content(question, item, structured) for structured in (False, True)],
-            {"type": "object", "additionalProperties": False, "required": ["reason", "answer"],
-             "properties": {"reason": {"type": "string"}, "answer": answer}},
-            lambda text, structured: parse_answer(question, text, len(item.get("steps", ())), structured), self.name, question)
-
-    def content(self, question, item, structured):
-        """The question as the judge reads it. What is judged stands between markers that it cannot contain."""
-        # A sentence stays on its line, lest a list inside it be taken for the numbers.
-        text = item["text"] if "text" in item else "\n".join(f"{i}. {' '.join(s.split())}" for i, s in enumerate(item["steps"], 1))
-        mark = "#####"
-        while mark in text or mark in item["prompt"]:
-            mark += "#"
-        answers = {"cue": "the number", "strongreject": "the three digits, in quotes" if structured else "the three digits"}.get(
-            question) or " or ".join(f'"{a}"' if structured else a for a in LABELS[question])
-        values = {"MARK": mark, "PROMPT": item["prompt"], "TEXT": text, "ANSWERS": answers}
-        template = self.prompts[question] + self.prompts["json" if structured else "text"]
-        return re.sub(r"\{(MARK|PROMPT|TEXT|ANSWERS)\}", lambda m: values[m[1]], template)  # one pass: data is not searched
-
     def summary(self):
-        """What came of the questions so far, and what the server charged (dollars with those of the cache)."""
-        missing = {k: self.counts[k] for k in ("refusals", "unparsed", "failed") if self.counts[k]}
-        return {"asked": self.counts["asked"], "from cache": self.counts["from cache"], "unjudged": sum(missing.values()),
-                **missing, **self.chat.bill()}
+        """What came of the questions so far, and their price (dollars with those of the cache)."""
+        outcomes = ("refusals", "unparsed", "failed")
+        missing = {outcome: self.counts[outcome] for outcome in outcomes if self.counts[outcome]}
+        used = self.endpoint.counts
+        return {
+            "asked": self.counts["asked"],
+            "from cache": self.counts["from cache"],
+            "unjudged": sum(missing.values()),
+            **missing,
+            "retries": used["retries"],
+            "tokens in": used["prompt_tokens"],
+            "tokens out": used["completion_tokens"],
+            "dollars": round(self.endpoint.cost(), 4),
+        }
+
+    def _progress(self):
+        return ", ".join(f"{number} {outcome}" for outcome, number in self.summary().items())
+
+    def _request(self, question, item, structured):
+        """(structured, key in the cache, JSON to send) of a question."""
+        message = {"role": "user", "content": self.content(question, item, structured)}
+        body = {"model": self.model, "temperature": 0, "messages": [message]}
+        if structured:
+            schema = {"name": "verdict", "strict": True, "schema": _verdict_schema(question)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        # The body holds model, prompt, text, temperature and schema: all that decides an answer.
+        key = json.dumps([self.endpoint.url, question, body], sort_keys=True)
+        return structured, digest(key), body
+
+    def _verdict(self, question, item):
+        """(answer, outcome); the answer is None unless the outcome is "asked" or "from cache"."""
+        # Two forms of one question: with a JSON schema, and in plain text.
+        requests = [self._request(question, item, structured) for structured in (True, False)]
+        for _, key, _ in requests:
+            kept = self.cache.get(key)
+            if kept:
+                return kept["answer"], "from cache"
+        if self.structured is False:
+            requests = requests[1:]
+        n_steps = len(item.get("steps", ()))
+        for structured, key, body in requests:
+            read = partial(_read_reply, question, n_steps, structured)
+            try:
+                answer, text, used = self.endpoint.post(body, read)
+            except RequestFailed as failure:
+                outcome = self._outcome_of(failure, structured)
+                if outcome == "schema rejected":
+                    continue
+                return None, outcome
+            if answer is None:
+                return None, "refusals"
+            self.structured = structured
+            record = {"id": key, "judge": self.name, "answer": answer, "reply": text}
+            record["cost"] = self.endpoint.price(used)
+            return self.cache.put(record)["answer"], "asked"
+
+    def _outcome_of(self, failure, structured):
+        if failure.status == 200:
+            return "unparsed"  # it replied each time, but never with a valid verdict
+        said = failure.text if failure.status >= 400 else ""
+        if re.search("content_filter|content_policy", said):
+            return "refusals"
+        # A server that has taken a schema before rejects something else by a bare 400 or 422.
+        unexplained = failure.status in (400, 422) and not self.structured
+        if structured and (unexplained or re.search("response_format|json_schema", said)):
+            return "schema rejected"
+        return "failed"
 
 
-class LocalJudge(ChatJudge):
-    """A chat model in this process: the same prompts in text form, temperature 0 (the paper's ablation of detectors)."""
+def _verdict_schema(question):
+    answer = {"type": "integer"}
+    if question in LABELS:
+        answer = {"type": "string", "enum": list(LABELS[question])}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["reason", "answer"],
+        "properties": {"reason": {"type": "string"}, "answer": answer},
+    }
+
+
+def _read_reply(question, n_steps, structured, reply):
+    """(answer, text, tokens used); the answer is None if the model refused.
+
+    Raises ValueError where there is no valid verdict: the question is then asked again.
+    """
+    choice = reply["choices"][0]
+    message = choice["message"]
+    used = token_usage(reply)
+    ending = choice.get("finish_reason")
+    # A refusal may quote a label, and a filtered reply may hold half of one: neither is read.
+    if ending == "content_filter" or message.get("refusal"):
+        return None, "", used
+    answer = parse_answer(question, message["content"], n_steps, structured)
+    if answer is None or ending == "length":
+        raise ValueError("no valid verdict")
+    return answer, message["content"], used
+
+
+def parse_answer(question, text, n_steps=0, structured=True):
+    """Read a reply strictly: JSON with a valid `answer`, or a last line `ANSWER: x`; else None.
+
+    >>> parse_answer("reasoning", '{"reason": "it refuses", "answer": "safe"}')
+    True
+    >>> parse_answer("cue", '{"reason": "", "answer": 3}', n_steps=5)
+    3
+    >>> parse_answer("cue", '{"answer": 9}', n_steps=5)  # there is no step 9
+    >>> parse_answer("reasoning", "It says ANSWER: safe.\\nANSWER: unsafe\\n", structured=False)
+    False
+    """
+    # Nothing is guessed: "Safe", "not safe" or a label inside a sentence is no verdict.
+    try:
+        answer = json.loads(text)["answer"] if structured else _last_line_answer(text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if question == "cue":
+        if not structured and re.fullmatch("[0-9]{1,6}", answer):
+            answer = int(answer)
+        # Not isinstance, which takes JSON's `true` for an integer.
+        valid = type(answer) is int and (answer == 0 or 2 <= answer <= n_steps)
+        return answer if valid else None
+    if not isinstance(answer, str):
+        return None
+    return LABELS[question].get(answer)
+
+
+def _last_line_answer(text):
+    trace = split_reasoning(text)
+    if trace.closing:
+        text = trace.response
+    elif trace.opening:
+        text = ""  # reasoning that never ended: what it says is no answer
+    last_line = text.rstrip().rpartition("\n")[2]
+    return re.fullmatch(r"ANSWER: (\w+)", last_line)[1]
+
+
+class LocalJudge(PromptedJudge):
+    """A chat model in this process (the paper's ablation of detectors), at temperature 0.
+
+    It is asked with the same prompts, in text form.
+    """
 
     def __init__(self, path, batch_size=8, max_new_tokens=4096):
-        self._setup(f"local:{Path(path).name}:{data.fingerprint(path)}")
-        self.sampler = lm_code.LocalSampler(path, temperature=0, top_p=1, max_new_tokens=max_new_tokens, seed=0,
-                                            batch_size=batch_size)
+        from model import LocalSampler  # not above, because it imports torch
+        super().__init__(f"local:{Path(path).name}:{fingerprint(path)}")
+        self.sampler = LocalSampler(path, temperature=0, top_p=1, max_new_tokens=max_new_tokens,
+                                    seed=0, batch_size=batch_size)
 
     def ask(self, question, items):
-        """See the table above; None also where the question does not fit into the model's context."""
-        prompts = [lm_code.render_prompt(self.sampler.tokenizer, self.content(question, item, False)) for item in items]
-        requests = [lm_code.Request(str(i), ids) for i, ids in enumerate(prompts) if len(ids) < self.sampler.context]
+        """See the table above; None also where the question does not fit into the context."""
+        tokenizer = self.sampler.tokenizer
+        requests = []
+        for number, item in enumerate(items):
+            ids = render_prompt(tokenizer, self.content(question, item, structured=False))
+            if len(ids) < self.sampler.context:
+                requests.append(Request(str(number), ids))
         answers = [None] * len(items)
-        for done in self.sampler(requests, title=f"judging: {question}"):
-            if done.finished == "stop":
-                i, text = int(done.id), lm_code.decode(self.sampler.tokenizer, done.ids, self.sampler.eos)
-                answers[i] = parse_answer(question, text, len(items[i].get("steps", ())), structured=False)
-        self.counts.update("unjudged" if a is None else "asked" for a in answers)
+        # Replies come in any order; one that ran into its length limit is no verdict.
+        for request_id, ids, finished in self.sampler(requests, title=f"judging: {question}"):
+            if finished == "stop":
+                number = int(request_id)
+                text = decode(tokenizer, ids, self.sampler.eos)
+                n_steps = len(items[number].get("steps", ()))
+                answers[number] = parse_answer(question, text, n_steps, structured=False)
+        for answer in answers:
+            outcome = "unjudged" if answer is None else "asked"
+            self.counts[outcome] += 1
         return iter(answers)
 
     def summary(self):
@@ -192,91 +436,125 @@ class LocalJudge(ChatJudge):
         return dict(self.counts)
 
 
-def parse_answer(question, text, n_steps=0, structured=True):
-    """Read one reply strictly: a JSON object with a valid `answer`, or text whose last line is `ANSWER: x`; else None.
+class RulesJudge:
+    """Patterns instead of a language model: it knows the toy world's language and nothing else.
 
-    >>> parse_answer("reasoning", '{"reason": "it refuses", "answer": "safe"}')
-    True
-    >>> parse_answer("cue", '{"reason": "", "answer": 3}', n_steps=5), parse_answer("cue", '{"answer": 9}', n_steps=5)
-    (3, None)
-    >>> parse_answer("reasoning", "It says ANSWER: safe, but plans harm.\\nANSWER: unsafe\\n", structured=False)
-    False
+    path: a JSON file of regular expressions, as toy/make.py writes it.
     """
-    try:
-        if structured:
-            answer = json.loads(text)["answer"]
-        else:  # reasoning is no part of the reply, and unfinished reasoning is none
-            trace = lm_code.split_reasoning(text)
-            line = (trace.response if trace.closing else "" if trace.opening else text).rstrip().rpartition("\n")[2]
-            answer = re.fullmatch(r"ANSWER: (\w+)", line)[1]
-            answer = int(answer) if question == "cue" and re.fullmatch("[0-9]{1,6}", answer) else answer
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    if question == "cue":
-        valid = isinstance(answer, int) and not isinstance(answer, bool) and (answer == 0 or 2 <= answer <= n_steps)
-        return answer if valid else None
-    return LABELS[question].get(answer) if isinstance(answer, str) else None
+
+    def __init__(self, path=HERE / "toy" / "rules.json"):
+        self.name = f"rules:{Path(path).name}:{fingerprint(path)}"
+        self.rules = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = "|".join(map(re.escape, self.rules["harmful_names"]))
+        self.rules["harmful_name"] = rf"\b({names})\b"
+
+    def ask(self, question, items):
+        """See the table above; never None."""
+        return map(getattr(self, f"_{question}"), items)
+
+    def summary(self):
+        """Nothing: it costs nothing and always answers."""
+        return {}
+
+    def _matches(self, rule, text):
+        return bool(re.search(self.rules[rule], text, re.IGNORECASE))
+
+    def _about_harm(self, item):
+        return self._matches("harmful_name", item["prompt"] + " " + item["text"])
+
+    def _is_unsafe(self, step):
+        # "I can explain" is harmless in "I can explain the cure".
+        commits = self._matches("commits", step) and self._matches("harmful_topic", step)
+        return commits or self._matches("instructs", step)
+
+    def _reasoning(self, item):
+        if not self._about_harm(item):
+            return True
+        return not any(map(self._is_unsafe, split_steps(item["text"])))
+
+    def _response(self, item):
+        return not (self._matches("instructs", item["text"]) and self._about_harm(item))
+
+    def _cue(self, item):
+        for number, step in enumerate(item["steps"], 1):
+            complies = self._matches("commits", step) or self._matches("instructs", step)
+            if complies and number > 1:
+                return number
+        return 0
+
+    def _compliance(self, item):
+        refuses = self._matches("refuses", item["text"])
+        answers = self._matches("answers", item["text"])
+        return "full" if answers and not refuses else "refusal"
 
 
 def make_judge(spec, model=None, concurrency=8, **options):
-    """A judge from its flag: `rules` (the toy world's), `rules:FILE`, `local:PATH`, or a chat endpoint's URL (.../v1)."""
-    if spec == "rules" or spec.startswith("rules:"):
-        from toy.world import RulesJudge
-        return RulesJudge(spec[6:] or HERE / "toy" / "rules.json", split_steps)
-    if spec.startswith("local:"):
-        return LocalJudge(spec[6:], concurrency)
-    if spec.startswith(("http://", "https://")):
-        if not model:
-            raise SystemExit("--judge URL also needs --judge-model NAME.")
-        return ChatJudge(spec, model, concurrency, **options)
-    raise SystemExit(f"--judge {spec}: use `rules`, `rules:FILE`, `local:PATH` or the URL of a chat endpoint, https://HOST/v1.")
+    """The judge that the flag --judge names; options are those of ChatJudge.
+
+    spec: `rules` (the toy world's), `rules:FILE`, `local:PATH`, or the URL of a chat endpoint,
+    https://HOST/v1. Raises InputError for anything else, and for an endpoint without a model.
+    """
+    kind, _, path = spec.partition(":")
+    if kind == "rules":
+        return RulesJudge(path) if path else RulesJudge()
+    if kind == "local":
+        return LocalJudge(path, concurrency)
+    if not spec.startswith(("http://", "https://")):
+        raise InputError(f"--judge {spec}: use `rules`, `rules:FILE`, `local:PATH` "
+                         "or the URL of a chat endpoint, https://HOST/v1.")
+    if not model:
+        raise InputError("--judge URL also needs --judge-model NAME.")
+    return ChatJudge(spec, model, concurrency, **options)
 
 
-def judge_of(args, keys=JUDGE_KEYS):
-    """The judge of the flags."""
-    if args.max_cost and not (args.judge_price_in or args.judge_price_out):
-        raise SystemExit("--max-cost needs --judge-price-in and --judge-price-out, in dollars per million tokens.")
-    return make_judge(args.judge, args.judge_model, args.judge_concurrency, keys=keys, max_cost=args.max_cost,
-                      cache=args.judge_cache or Path(args.out).parent / "judge_cache.jsonl",
-                      prices=(args.judge_price_in, args.judge_price_out))
-
-
-# ------------------------------------------------------------------------------------------------ traces and verdicts
+# ------------------------------------------------------------------------------ traces and verdicts
 
 def trace_jobs(prompts, samples, sampler):
-    """Jobs for `samples` rollouts of each prompt; prompts too long for the model's context are dropped, never cut.
+    """Jobs for `samples` rollouts of each prompt; returns (jobs, number of prompts dropped).
 
-    Returns (jobs, number of prompts dropped). A job is a trace record without what the model writes.
+    A job is a trace record without what the model writes. Prompts that leave no room for
+    `max_new_tokens` in the model's context are dropped, never cut.
     """
-    jobs, dropped = [], 0
-    for p in prompts:
-        ids = lm_code.render_prompt(sampler.tokenizer, p["prompt"])
-        if len(ids) + sampler.max_new_tokens > sampler.context:
+    jobs = []
+    dropped = 0
+    for prompt in prompts:
+        prompt_ids = render_prompt(sampler.tokenizer, prompt["prompt"])
+        if len(prompt_ids) + sampler.max_new_tokens > sampler.context:
             dropped += 1
-        else:
-            jobs += [{"id": f"{p['id']}#{k}", "prompt_id": p["id"], "sample": k, "prompt": p["prompt"],
-                      "prompt_ids": ids, "forced_ids": []} for k in range(samples)]
+            continue
+        for k in range(samples):
+            jobs.append({
+                "id": f"{prompt['id']}#{k}",
+                "prompt_id": prompt["id"],
+                "sample": k,
+                "prompt": prompt["prompt"],
+                "prompt_ids": prompt_ids,
+                "forced_ids": [],
+            })
     return jobs, dropped
 
 
 def sample_traces(path, jobs, sampler, title):
-    """Sample what follows `prompt_ids + forced_ids` of each job and append trace records to `path`; resumes."""
-    out, jobs = data.Appender(path), {job["id"]: job for job in jobs}
-    requests = [lm_code.Request(id, job["prompt_ids"] + job["forced_ids"]) for id, job in jobs.items()]
-    for completion in sampler(requests, done=out.done, title=title):
-        job = dict(jobs[completion.id])
-        forced = job.pop("forced_ids")
-        ids = forced + completion.ids
-        trace = lm_code.split_reasoning(lm_code.decode(sampler.tokenizer, ids, sampler.eos))
-        out.write({**job, **trace._asdict(), "finished": completion.finished, "forced": len(forced), "ids": ids,
-                   "truncated": trace.truncated or completion.finished == "length"})
+    """Sample what follows `prompt_ids + forced_ids` of each job; returns the trace records.
+
+    They are appended to `path` as they come; a second call picks up where the first left off.
+    """
+    out = Appender(path)
+    job_of = {job["id"]: job for job in jobs}
+    requests = [Request(key, job["prompt_ids"] + job["forced_ids"]) for key, job in job_of.items()]
+    for job_id, new_ids, finished in sampler(requests, done=out.done, title=title):
+        record = dict(job_of[job_id])
+        forced_ids = record.pop("forced_ids")
+        # The ids as they were sampled: encoding their text again could give others.
+        ids = forced_ids + new_ids
+        parts = split_reasoning(decode(sampler.tokenizer, ids, sampler.eos))
+        record |= parts._asdict()
+        record |= {"finished": finished, "forced": len(forced_ids), "ids": ids}
+        if finished == "length":
+            record["truncated"] = True  # half a response is no response either
+        out.write(record)
     out.close()
-    return [out.done[id] for id in jobs]
-
-
-def complied(judge, traces):
-    """Whether each trace's response answers its benign prompt in full: a list of True, False or None."""
-    return [a and a == "full" for a in judge.ask("compliance", [{"prompt": t["prompt"], "text": t["response"]} for t in traces])]
+    return [out.done[job_id] for job_id in job_of]
 
 
 def segment(traces):
@@ -284,264 +562,505 @@ def segment(traces):
     return [{"id": t["id"], "steps": split_steps(t["reasoning"])} for t in traces]
 
 
-def judge_traces(path, traces, steps, judge, chunk=256):
-    """Append verdict records `{"id", "reasoning_safe", "response_safe", "cue"}` to `path`; resumes.
+def _texts(traces, field):
+    """What a judge is asked about: one text of each trace."""
+    return [{"prompt": t["prompt"], "text": t[field]} for t in traces]
 
-    A truncated trace has no response, so `response_safe` is None without being asked; `cue` is asked of unsafe
-    reasoning only.
+
+def _by_id(traces, answers):
+    """{trace id: answer}, of answers in the order of the traces."""
+    return {trace["id"]: answer for trace, answer in zip(traces, answers)}
+
+
+def judge_traces(path, traces, steps, judge, chunk=256):
+    """Verdict records `{"id", "reasoning_safe", "response_safe", "cue"}` of traces.
+
+    A truncated trace has no response, so its `response_safe` is None without being asked for; the
+    cue is asked for where the reasoning is unsafe. Records are appended to `path` after each
+    `chunk` of traces; a second call picks up where the first left off.
     """
-    out = data.Appender(path)
+    out = Appender(path)
+    steps_of = {record["id"]: record["steps"] for record in steps}
     todo = [t for t in traces if t["id"] not in out.done]
-    steps = {s["id"]: s["steps"] for s in steps}
-    for i in range(0, len(todo), chunk):
-        part = todo[i:i + chunk]
-        reasoning = list(judge.ask("reasoning", [{"prompt": t["prompt"], "text": t["reasoning"]} for t in part]))
-        whole = [t for t in part if not t["truncated"]]
-        unsafe = [t for t, safe in zip(part, reasoning) if safe is False]
-        response = dict(zip((t["id"] for t in whole), judge.ask("response", [
-            {"prompt": t["prompt"], "text": t["response"]} for t in whole])))
-        cue = dict(zip((t["id"] for t in unsafe), judge.ask("cue", [
-            {"prompt": t["prompt"], "steps": steps[t["id"]]} for t in unsafe])))
-        for t, safe in zip(part, reasoning):
-            out.write({"id": t["id"], "reasoning_safe": safe, "response_safe": response.get(t["id"]),
-                       "cue": cue.get(t["id"])})
+    for start in range(0, len(todo), chunk):
+        part = todo[start:start + chunk]
+        # Three questions, each to those traces that it makes sense for.
+        reasoning_safe = _by_id(part, judge.ask("reasoning", _texts(part, "reasoning")))
+        complete = [t for t in part if not t["truncated"]]
+        response_safe = _by_id(complete, judge.ask("response", _texts(complete, "response")))
+        unsafe = [t for t in part if reasoning_safe[t["id"]] is False]
+        items = [{"prompt": t["prompt"], "steps": steps_of[t["id"]]} for t in unsafe]
+        cue = _by_id(unsafe, judge.ask("cue", items))
+        for trace_id, safe in reasoning_safe.items():
+            out.write({
+                "id": trace_id,
+                "reasoning_safe": safe,
+                "response_safe": response_safe.get(trace_id),
+                "cue": cue.get(trace_id),
+            })
     out.close()
     return [out.done[t["id"]] for t in traces]
 
 
-# ---------------------------------------------------------------------------------------- interventions and pairs
+def complied(judge, traces):
+    """Whether each response answers its benign prompt in full: a list of True, False or None."""
+    answers = judge.ask("compliance", _texts(traces, "response"))
+    return [answer and answer == "full" for answer in answers]
+
+
+# -------------------------------------------------------------------------- interventions and pairs
 
 def substitute(tokenizer, trace, steps, number, trigger):
-    """Put a trigger in the place of step `number` (from 1): the ids before the step, and the trigger's ids.
+    """Put a trigger in the place of step `number` (from 1): the ids before it, and the trigger's.
 
-    The trigger takes over the white space around the step that it replaces, so that it begins and ends where a
-    token does. Where a token straddles the step's beginning (CJK punctuation can be glued to the next word), the
-    cut falls before that token and its lost characters are written again in front of the trigger.
-    Returns (h, trigger_ids): z[:h] is `trace["ids"][:h]`.
+    The trigger takes over the white space around the step that it replaces, so that it begins and
+    ends where a token does. Where a token straddles the step's beginning (CJK punctuation can be
+    glued to the next word), the cut falls before that token and its lost characters are written
+    again in front of the trigger. Returns (h, trigger_ids): z[:h] is `trace["ids"][:h]`.
     """
     step = steps[number - 1]
+    # From sentence to character, and from character to token.
     start = len(trace["opening"]) + sum(map(len, steps[:number - 1]))
-    h = lm_code.token_index(tokenizer, trace["ids"], start)
+    h = token_index(tokenizer, trace["ids"], start)
     text = trace["opening"] + trace["reasoning"]
-    lost = text[len(lm_code.decode(tokenizer, trace["ids"][:h])):start]
+    lost = text[len(decode(tokenizer, trace["ids"][:h])):start]
     lead = step[:len(step) - len(step.lstrip())]
-    tail = step[len(step.rstrip()):] if number < len(steps) else ""  # what ends the last step belongs to </think>
+    tail = step[len(step.rstrip()):]
+    if number == len(steps):
+        tail = ""  # what ends the last step belongs to </think>
     return h, tokenizer.encode(lost + lead + trigger + tail, add_special_tokens=False)
 
 
-def intervention_job(sampler, trace, steps, number, trigger, id):
-    """A job that goes on from z[:h] + trigger, and h; the job is None where the context has no room left to go on in."""
+def intervention_job(sampler, trace, steps, number, trigger, job_id):
+    """(job, h): a job that continues z[:h] + trigger; None if the context leaves no room for it."""
     h, trigger_ids = substitute(sampler.tokenizer, trace, steps, number, trigger)
-    forced = trace["ids"][:h] + trigger_ids
-    if len(trace["prompt_ids"]) + len(forced) >= sampler.context:
+    forced_ids = trace["ids"][:h] + trigger_ids
+    if len(trace["prompt_ids"]) + len(forced_ids) >= sampler.context:
         return None, h
-    return {**{k: trace[k] for k in ("prompt_id", "sample", "prompt", "prompt_ids")}, "id": id, "forced_ids": forced}, h
+    job = {name: trace[name] for name in ("prompt_id", "sample", "prompt", "prompt_ids")}
+    return {**job, "id": job_id, "forced_ids": forced_ids}, h
+
+
+def sample_continuations(path, substitutions, sampler, title):
+    """Let the model continue z[:h] + trigger: a list of (trace, h, trigger, new trace).
+
+    substitutions: (trace, steps, number of the step to replace, trigger, id of the new trace).
+    Those that leave no room in the context are left out. The new traces are written to `path`.
+    """
+    jobs = []
+    origins = {}
+    for trace, steps, number, trigger, new_id in substitutions:
+        job, h = intervention_job(sampler, trace, steps, number, trigger, new_id)
+        if job:
+            jobs.append(job)
+            origins[new_id] = (trace, h, trigger)
+    new_traces = sample_traces(path, jobs, sampler, title)
+    return [(*origins[new["id"]], new) for new in new_traces]
 
 
 def make_pair(tokenizer, eos, trace, corrected, h, trigger, **origin):
-    """The pair record of Algorithm 1: `corrected` preferred over `trace`, from token h on; None if they are equal.
+    """The pair record of Algorithm 1: `corrected` preferred over `trace`, from token h on.
 
-    `prefix_ids` = prompt + z[:h] are shared to the token. Tokens that both go on sharing after h stay where they
-    are: they cancel in the loss.
+    `prefix_ids` = prompt + z[:h] are shared token for token. Tokens that both sides still share
+    after h stay where they are: they cancel in the loss. Returns None where both sides are equal.
     """
-    prefix, chosen, rejected = trace["ids"][:h], corrected["ids"][h:], trace["ids"][h:]
-    assert corrected["prompt_ids"] == trace["prompt_ids"] and corrected["ids"][:h] == prefix, "prefix not shared"
+    # The trigger stands at the head of `chosen`: its tokens are scored, the model must learn them.
+    prefix = trace["ids"][:h]
+    chosen = corrected["ids"][h:]
+    rejected = trace["ids"][h:]
+    assert corrected["prompt_ids"] == trace["prompt_ids"], "prompt not shared"
+    assert corrected["ids"][:h] == prefix, "prefix not shared"
     if chosen == rejected:
         return None
-    return {"id": corrected["id"], "prompt_id": trace["prompt_id"], **origin, "h": h,
-            "n_prompt": len(trace["prompt_ids"]), "prompt": trace["prompt"],
-            "prefix": lm_code.decode(tokenizer, prefix), "trigger": trigger,
-            "chosen": lm_code.decode(tokenizer, chosen, eos), "rejected": lm_code.decode(tokenizer, rejected, eos),
-            "prefix_ids": trace["prompt_ids"] + prefix, "chosen_ids": chosen, "rejected_ids": rejected}
+    return {
+        "id": corrected["id"],
+        "prompt_id": trace["prompt_id"],
+        **origin,
+        "h": h,
+        "n_prompt": len(trace["prompt_ids"]),
+        "prompt": trace["prompt"],
+        "prefix": decode(tokenizer, prefix),
+        "trigger": trigger,
+        "chosen": decode(tokenizer, chosen, eos),
+        "rejected": decode(tokenizer, rejected, eos),
+        "prefix_ids": trace["prompt_ids"] + prefix,
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+    }
 
 
 def intervene(traces, steps, verdicts, triggers, sampler, judge, folder, rounds=1):
-    """Algorithm 1 on judged rollouts: replace the first cue, continue, judge, and again up to `rounds` times.
+    """Algorithm 1 on judged rollouts: replace the first cue, continue, judge; `rounds` is its N.
 
-    The k-th rollout of a prompt takes the k-th trigger. Files of each round go to `folder`. Returns (pairs, counts,
-    by_trigger), where by_trigger maps a trigger to [interventions, pairs].
+    The k-th rollout of a prompt takes the k-th trigger. The files of each round go to `folder`.
+    Returns (pairs, counts, by_trigger), where by_trigger maps a trigger to [interventions, pairs].
     """
-    steps, verdicts = {s["id"]: s["steps"] for s in steps}, {v["id"]: v for v in verdicts}
-    whole = [t for t in traces if not t["truncated"]]
-    unsafe = [t for t in whole if verdicts[t["id"]]["reasoning_safe"] is False]
-    pending = [t for t in unsafe if verdicts[t["id"]]["cue"]]
-    counts = {"prompts": len({t["prompt_id"] for t in traces}), "rollouts": len(traces), "complete": len(whole),
-              "unsafe": len(unsafe), "cue found": len(pending), "interventions": 0, "safe continuations": 0}
-    pairs, by_trigger, identical = [], {t: [0, 0] for t in triggers}, 0
+    rollouts = judged_traces(traces, steps, verdicts)
+    unsafe = [trace for trace in rollouts if needs_intervention(trace)]
+    tried = []
+    outcomes = []  # a pair for each safe continuation, None where both sides are equal
+    # Of Algorithm 1, z is `trace` and z~ is `corrected`.
     for n in range(1, rounds + 1):
-        jobs, origins = [], {}
-        for t in pending:
-            trigger = triggers[t["sample"] % len(triggers)]
-            job, h = intervention_job(sampler, t, steps[t["id"]], verdicts[t["id"]]["cue"], trigger,
-                                      f"{t['prompt_id']}#{t['sample']}@{n}")
-            if job:  # a trace without room left ends here, as one that stays unsafe does
-                jobs.append(job)
-                origins[job["id"]] = (t, h, trigger)
-        corrected = sample_traces(folder / f"round{n}.traces.jsonl", jobs, sampler, f"interventions, round {n}")
-        new_steps = segment(corrected)
-        judged = judge_traces(folder / f"round{n}.verdicts.jsonl", corrected, new_steps, judge)
-        pending = []
-        for c, s, v in zip(corrected, new_steps, judged):
-            trace, h, trigger = origins[c["id"]]
-            by_trigger[trigger][0] += 1
-            counts["interventions"] += 1
-            # CHOICE: the response is learned too, so it must be judged safe as well, and the trace be complete.
-            if v["reasoning_safe"] and v["response_safe"] and not c["truncated"]:
-                counts["safe continuations"] += 1
-                pair = make_pair(sampler.tokenizer, sampler.eos, trace, c, h, trigger, source="harmful", interventions=n)
-                identical += pair is None
-                by_trigger[trigger][1] += pair is not None
-                pairs += [pair] if pair else []
-            elif v["reasoning_safe"] is False and v["cue"] and not c["truncated"]:
-                pending.append(c)
-                steps[c["id"]], verdicts[c["id"]] = s["steps"], v
-    counts.update({"identical": identical, "pairs": len(pairs)} if identical else {"pairs": len(pairs)})
+        interventions = intervene_once(unsafe, triggers, sampler, judge, folder, n)
+        tried += interventions
+        unsafe = []
+        for trace, h, trigger, corrected in interventions:
+            if is_safe(corrected):
+                pair = make_pair(sampler.tokenizer, sampler.eos, trace, corrected, h, trigger,
+                                 source="harmful", interventions=n)
+                outcomes.append(pair)
+            elif needs_intervention(corrected):
+                unsafe.append(corrected)  # the next round replaces its first cue
+
+    pairs = [pair for pair in outcomes if pair]
+    counts = count_rollouts(rollouts)
+    counts["interventions"] = len(tried)
+    counts["safe continuations"] = len(outcomes)
+    if len(pairs) < len(outcomes):
+        counts["identical"] = len(outcomes) - len(pairs)
+    counts["pairs"] = len(pairs)
+    n_tried = Counter(trigger for _, _, trigger, _ in tried)
+    n_pairs = Counter(pair["trigger"] for pair in pairs)
+    by_trigger = {trigger: [n_tried[trigger], n_pairs[trigger]] for trigger in triggers}
     return pairs, counts, by_trigger
+
+
+def intervene_once(unsafe, triggers, sampler, judge, folder, n):
+    """Round n of Algorithm 1: put a trigger in place of each trace's first cue, continue, judge.
+
+    Returns a list of (trace, h, trigger, corrected trace with its steps and verdict).
+    """
+    # z[:h] + trigger, where h is the position of z's first cue
+    substitutions = []
+    for trace in unsafe:
+        trigger = triggers[trace["sample"] % len(triggers)]
+        new_id = f"{trace['prompt_id']}#{trace['sample']}@{n}"
+        substitutions.append((trace, trace["steps"], trace["cue"], trigger, new_id))
+    # z~ = z[:h] + trigger + what the policy itself writes next, through </think> and the response
+    path = folder / f"round{n}.traces.jsonl"
+    continued = sample_continuations(path, substitutions, sampler, f"interventions, round {n}")
+
+    # Is z~ safe? If not, where is its first cue?
+    new_traces = [new for *_, new in continued]
+    steps = segment(new_traces)
+    verdicts = judge_traces(folder / f"round{n}.verdicts.jsonl", new_traces, steps, judge)
+    corrected = judged_traces(new_traces, steps, verdicts)
+    return [(z, h, trigger, new) for (z, h, trigger, _), new in zip(continued, corrected)]
+
+
+def judged_traces(traces, steps, verdicts):
+    """Trace records that also hold `steps` and the fields of their verdict."""
+    added = {}
+    for record in [*steps, *verdicts]:
+        added.setdefault(record["id"], {}).update(record)
+    return [{**trace, **added[trace["id"]]} for trace in traces]
+
+
+def needs_intervention(trace):
+    """Whether the reasoning of a complete trace is unsafe and holds a cue to replace."""
+    return not trace["truncated"] and trace["reasoning_safe"] is False and bool(trace["cue"])
+
+
+def is_safe(trace):
+    """Whether a trace may be the chosen side of a pair."""
+    # CHOICE: the response is learned too, so it must be judged safe as well, and be complete.
+    return trace["reasoning_safe"] and trace["response_safe"] and not trace["truncated"]
+
+
+def count_rollouts(rollouts):
+    """The funnel up to the first intervention."""
+    complete = [trace for trace in rollouts if not trace["truncated"]]
+    unsafe = [trace for trace in complete if trace["reasoning_safe"] is False]
+    return {
+        "prompts": len({trace["prompt_id"] for trace in rollouts}),
+        "rollouts": len(rollouts),
+        "complete": len(complete),
+        "unsafe": len(unsafe),
+        "cue found": sum(map(needs_intervention, unsafe)),
+    }
 
 
 def benign_pairs(base, current, triggers, sampler, judge, folder):
     """Stage 2: pairs that prefer the base model's answer to a benign prompt over a refusal.
 
-    CHOICE: rejected is the current (stage-1) model's own refusal where it refuses; elsewhere the same substitution in
-    reverse: a trigger in place of the first helpful step of the base model's trace, continued by the current model.
-    `base` and `current` are traces of the two models on the same prompts. Returns (pairs, counts).
+    CHOICE: rejected is the current (stage-1) model's own refusal where it refuses; elsewhere it is
+    provoked by the same substitution in reverse. `base` and `current` are traces of the two models
+    on the same prompts. Returns (pairs, counts).
     """
-    whole = [t for t in base if not t["truncated"]]
-    answered = [t for t, a in zip(whole, complied(judge, whole)) if a]
-    now = {t["prompt_id"]: t for t in current if not t["truncated"]}
-    now_refuses = {id for id, a in zip(now, complied(judge, now.values())) if a is False}
-    pairs = [make_pair(sampler.tokenizer, sampler.eos, now[t["prompt_id"]], {**t, "id": t["id"] + "@own"}, 0, "",
-                       source="benign", interventions=0) for t in answered if t["prompt_id"] in now_refuses]
-    own, jobs, origins = len(pairs), [], {}
-    reverse = [t for t in answered if t["prompt_id"] not in now_refuses]
-    steps = [s["steps"] for s in segment(reverse)]
-    cues = judge.ask("cue", [{"prompt": t["prompt"], "steps": s} for t, s in zip(reverse, steps)])
-    for k, (t, s, cue) in enumerate(zip(reverse, steps, cues)):
-        if not s:
-            continue
-        trigger = triggers[k % len(triggers)]
-        job, h = intervention_job(sampler, t, s, cue or min(2, len(s)), trigger, t["id"] + "@reverse")
-        if job:
-            jobs.append(job)
-            origins[job["id"]] = (t, h, trigger)
-    corrected = sample_traces(folder / "reverse.traces.jsonl", jobs, sampler, "reverse substitution")
-    for r, a in zip(corrected, complied(judge, corrected)):
-        if a is False and not r["truncated"]:
-            t, h, trigger = origins[r["id"]]
-            pairs.append(make_pair(sampler.tokenizer, sampler.eos, r, {**t, "id": r["id"]}, h, trigger,
-                                   source="benign", interventions=1))
-    pairs = [p for p in pairs if p]
-    return pairs, {"prompts": len(base), "answered": len(answered), "refused now": own, "reversed": len(corrected),
-                   "pairs": len(pairs)}
+    complete = [t for t in base if not t["truncated"]]
+    answered = [t for t, full in zip(complete, complied(judge, complete)) if full]
+    own = own_refusals(answered, current, judge)
+    refused = {answer["prompt_id"] for answer, *_ in own}
+    others = [t for t in answered if t["prompt_id"] not in refused]
+    path = folder / "reverse.traces.jsonl"
+    tried, provoked = provoked_refusals(path, others, triggers, sampler, judge)
+
+    pairs = []
+    for refusals, interventions in ((own, 0), (provoked, 1)):
+        for answer, h, trigger, refusal in refusals:
+            pair = make_pair(sampler.tokenizer, sampler.eos, refusal, answer, h, trigger,
+                             source="benign", interventions=interventions)
+            if pair:
+                pairs.append(pair)
+    counts = {
+        "prompts": len(base),
+        "answered": len(answered),
+        "refused now": len(own),
+        "reversed": tried,
+        "pairs": len(pairs),
+    }
+    return pairs, counts
 
 
-# ------------------------------------------------------------------------------------------------------- the stages
+def own_refusals(answered, current, judge):
+    """Where the current model refuses by itself: a list of (answer, 0, "", refusal).
 
-def make_sampler(args):
-    """The sampler of the flags: this process, or a server."""
-    common = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens, seed=args.seed)
-    if args.server:
-        return ServerSampler(args.model, args.server, concurrency=args.batch_size, **common)
-    return lm_code.LocalSampler(args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, **common)
-
-
-def run_rollouts(args):
-    """Stage `rollouts`. Like all of them it returns its counts, and what else goes into the books."""
-    sampler, prompts = make_sampler(args), data.load_prompts(args.prompts, args.limit)
-    jobs, dropped = trace_jobs(prompts, args.samples, sampler)
-    traces = sample_traces(args.out, jobs, sampler, Path(args.out).stem)
-    return {"prompts": len(prompts), "short enough": len(prompts) - dropped, "rollouts": len(traces),
-            "complete": sum(not t["truncated"] for t in traces)}, {}
+    The two traces share nothing but the prompt, so h is 0; there is no trigger.
+    """
+    latest = {t["prompt_id"]: t for t in current if not t["truncated"]}
+    full = dict(zip(latest, complied(judge, latest.values())))
+    found = []
+    for trace in answered:
+        prompt_id = trace["prompt_id"]
+        if full.get(prompt_id) is False:
+            answer = {**trace, "id": trace["id"] + "@own"}
+            found.append((answer, 0, "", latest[prompt_id]))
+    return found
 
 
-def run_steps(args):
+def provoked_refusals(path, answered, triggers, sampler, judge):
+    """Put a trigger in place of the first helpful step of each answer, let the current model go on.
+
+    Returns (number of traces tried, list of (answer, h, trigger, refusal)).
+    """
+    items = [{"prompt": t["prompt"], "steps": split_steps(t["reasoning"])} for t in answered]
+    cues = judge.ask("cue", items)
+    substitutions = []
+    for k, (trace, item, cue) in enumerate(zip(answered, items, cues)):
+        steps = item["steps"]
+        if steps:
+            # CHOICE: where the judge finds no helpful step, the second one is replaced.
+            number = cue or min(2, len(steps))
+            trigger = triggers[k % len(triggers)]
+            substitutions.append((trace, steps, number, trigger, trace["id"] + "@reverse"))
+    continued = sample_continuations(path, substitutions, sampler, "reverse substitution")
+
+    # The trigger does not always provoke a refusal: only what was judged to be one is kept.
+    found = []
+    compliance = complied(judge, [new for *_, new in continued])
+    for (trace, h, trigger, new), full in zip(continued, compliance):
+        if full is False and not new["truncated"]:
+            found.append(({**trace, "id": new["id"]}, h, trigger, new))
+    return len(continued), found
+
+
+# ------------------------------------------------------------------------------------------- stages
+#
+# Each takes flags as keywords (those of others go by in `_`), a judge and a sampler where it needs
+# them, writes `out`, and returns (counts, more for the funnel).
+
+def run_rollouts(out, prompts, limit, samples, sampler, **_):
+    """Stage `rollouts`."""
+    loaded = load_prompts(prompts, limit)
+    jobs, dropped = trace_jobs(loaded, samples, sampler)
+    traces = sample_traces(out, jobs, sampler, Path(out).stem)
+    counts = {
+        "prompts": len(loaded),
+        "short enough": len(loaded) - dropped,
+        "rollouts": len(traces),
+        "complete": len([t for t in traces if not t["truncated"]]),
+    }
+    return counts, {}
+
+
+def run_steps(out, traces, **_):
     """Stage `steps`."""
-    steps = segment(data.read_jsonl(args.traces))
-    data.write_jsonl(args.out, steps)
-    return {"traces": len(steps), "steps": sum(len(s["steps"]) for s in steps)}, {}
+    records = segment(read_jsonl(traces))
+    write_jsonl(out, records)
+    return {"traces": len(records), "steps": sum(len(r["steps"]) for r in records)}, {}
 
 
-def run_judge(args):
+def run_judge(out, traces, steps, judge, **_):
     """Stage `judge`."""
-    verdicts = judge_traces(args.out, data.read_jsonl(args.traces), data.read_jsonl(args.steps), args.judge)
-    return {"traces": len(verdicts), "judged": sum(v["reasoning_safe"] is not None for v in verdicts),
-            "unsafe reasoning": sum(v["reasoning_safe"] is False for v in verdicts),
-            "unsafe responses": sum(v["response_safe"] is False for v in verdicts),
-            "cue found": sum(bool(v["cue"]) for v in verdicts)}, {}
+    verdicts = judge_traces(out, read_jsonl(traces), read_jsonl(steps), judge)
+    reasoning = Counter(v["reasoning_safe"] for v in verdicts)
+    responses = Counter(v["response_safe"] for v in verdicts)
+    cues = [v for v in verdicts if v["cue"]]
+    counts = {
+        "traces": len(verdicts),
+        "judged": reasoning[True] + reasoning[False],
+        "unsafe reasoning": reasoning[False],
+        "unsafe responses": responses[False],
+        "cue found": len(cues),
+    }
+    return counts, {}
 
 
-def run_pairs(args):
+def run_pairs(out, traces, steps, verdicts, triggers, sampler, judge, max_interventions, **_):
     """Stage `pairs`."""
-    pairs, counts, by_trigger = intervene(
-        data.read_jsonl(args.traces), data.read_jsonl(args.steps), data.read_jsonl(args.verdicts),
-        data.load_triggers(args.triggers), make_sampler(args),
-        args.judge, Path(args.out).with_suffix(".rounds"), args.max_interventions)
-    data.write_jsonl(args.out, pairs)
+    records = [read_jsonl(path) for path in (traces, steps, verdicts)]
+    pool = load_triggers(triggers)
+    folder = Path(out).with_suffix(".rounds")
+    pairs, counts, by_trigger = intervene(*records, pool, sampler, judge, folder, max_interventions)
+    write_jsonl(out, pairs)
     for trigger, (tried, made) in by_trigger.items():
         print(f"  {made:4d} pairs of {tried:4d} interventions: {trigger}")
     return counts, {"by_trigger": by_trigger}
 
 
-def run_benign(args):
+def run_benign(out, base, traces, triggers, sampler, judge, **_):
     """Stage `benign`."""
-    pairs, counts = benign_pairs(
-        data.read_jsonl(args.base), data.read_jsonl(args.traces), data.load_triggers(args.triggers), make_sampler(args),
-        args.judge, Path(args.out).with_suffix(".rounds"))
-    data.write_jsonl(args.out, pairs)
+    records = [read_jsonl(path) for path in (base, traces)]
+    pool = load_triggers(triggers)
+    pairs, counts = benign_pairs(*records, pool, sampler, judge, Path(out).with_suffix(".rounds"))
+    write_jsonl(out, pairs)
     return counts, {}
 
 
-FILES = {"prompts": "prompts: .jsonl, .json, .csv, .tsv, .txt, or the name of a set (see data.py fetch)", "traces": "trace records (.jsonl)", "steps": "step records (.jsonl)",
-         "verdicts": "verdict records (.jsonl)", "base": "the base model's traces on the same prompts (.jsonl)"}
-STAGES = {  # function, purpose, input files
-    "rollouts": (run_rollouts, "sample reasoning and response for each prompt", ("prompts",)),
-    "steps": (run_steps, "cut the reasoning of traces into sentences", ("traces",)),
-    "judge": (run_judge, "judge reasoning and responses, find the first compliance cue", ("traces", "steps")),
-    "pairs": (run_pairs, "put triggers in place of cues, continue, keep the safe ones as pairs", ("traces", "steps", "verdicts")),
-    "benign": (run_benign, "pairs against over-refusal: answer preferred over refusal", ("traces", "base"))}
+# ------------------------------------------------------------------------------------- command line
+
+def add_sampler_flags(parser):
+    """Add the flags of whatever samples; `sampler_from_flags` reads them."""
+    add = parser.add_argument
+    add("--model", required=True, help="model: directory or hub name")
+    add("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has "
+        "the model; its key, if any, is in SERVER_API_KEY")
+    add("--temperature", type=float, default=0.6,
+        help="sampling temperature; 0 takes the most probable token")
+    add("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
+    add("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
+    add("--batch-size", type=int, default=16,
+        help="rows sampled together; requests in flight at a server")
+    add("--seed", type=int, default=0, help="seed of every request's own generator")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="dtype of the model")
+
+
+def sampler_from_flags(args):
+    """The sampler of the flags: the model in this process, or a server."""
+    # Here, because it imports torch, which the other stages do without.
+    from model import LocalSampler, context_length, eos_ids, load_tokenizer
+    from support.server import ServerSampler
+    names = ("temperature", "top_p", "max_new_tokens", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    if not args.server:
+        return LocalSampler(args.model, batch_size=args.batch_size, device=args.device,
+                            dtype=args.dtype, **settings)
+    tokenizer = load_tokenizer(args.model)
+    eos = eos_ids(args.model, tokenizer)
+    context = context_length(args.model)
+    return ServerSampler(args.model, args.server, tokenizer, eos, context,
+                         concurrency=args.batch_size, **settings)
+
+
+def add_judge_flags(parser):
+    """Add the flags of whatever judges; `judge_from_flags` reads them."""
+    add = parser.add_argument
+    add("--judge", default="rules",
+        help="`rules` (toy world), `rules:FILE`, `local:PATH` (a chat model in this process), or a "
+        "chat endpoint https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY")
+    add("--judge-model", help="model name to send to the endpoint")
+    add("--judge-concurrency", type=int, default=8,
+        help="questions in flight at once; local: batch size")
+    add("--judge-cache", help="file of paid verdicts, shared by processes; "
+        "default: judge_cache.jsonl beside --out")
+    add("--judge-price-in", type=float, default=0, help="dollars per million tokens sent")
+    add("--judge-price-out", type=float, default=0, help="dollars per million tokens received")
+    add("--max-cost", type=float, default=0,
+        help="stop when the cache's verdicts have cost that many dollars; questions in flight may "
+        "exceed it; 0 = no limit")
+
+
+def judge_from_flags(args, keys=JUDGE_KEYS):
+    """The judge of the flags. Raises InputError for a cost limit without prices."""
+    prices = (args.judge_price_in, args.judge_price_out)
+    if args.max_cost and not any(prices):
+        raise InputError("--max-cost needs --judge-price-in and --judge-price-out, "
+                         "in dollars per million tokens.")
+    return make_judge(
+        args.judge,
+        args.judge_model,
+        args.judge_concurrency,
+        keys=keys,
+        max_cost=args.max_cost,
+        cache=args.judge_cache or Path(args.out).parent / "judge_cache.jsonl",
+        prices=prices,
+    )
+
+
+def recorded_flags(args, **replaced):
+    """The flags as they stand in NAME.config.json, some of them replaced by what they stand for."""
+    return {**vars(args), **replaced}
+
+
+FILES = {
+    "prompts": "prompts: .jsonl, .json, .csv, .tsv or .txt",
+    "traces": "trace records (.jsonl)",
+    "steps": "step records (.jsonl)",
+    "verdicts": "verdict records (.jsonl)",
+    "base": "the base model's traces on the same prompts (.jsonl)",
+}
+STAGES = {  # function, input files, purpose
+    "rollouts": (run_rollouts, ["prompts"], "sample reasoning and response for each prompt"),
+    "steps": (run_steps, ["traces"], "cut the reasoning of traces into sentences"),
+    "judge": (run_judge, ["traces", "steps"],
+              "judge reasoning and responses, find the first compliance cue"),
+    "pairs": (run_pairs, ["traces", "steps", "verdicts"],
+              "put triggers in place of cues, continue, keep the safe ones as pairs"),
+    "benign": (run_benign, ["traces", "base"],
+               "pairs against over-refusal: answer preferred over refusal"),
+}
 
 
 def build_parser():
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="intervene.py", description="From prompts to preference pairs.")
+    description = "From prompts to preference pairs."
+    parser = argparse.ArgumentParser(prog="intervene.py", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
-    from extras import dynamics  # here, because the analysis of safety dynamics is made of this module's parts
-    for name, (work, text, files, *more) in {**STAGES, **dynamics.STAGES}.items():
-        p = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.set_defaults(stage=(work, files))
-        p.add_argument("--out", required=True, help="file to write (.jsonl)")
+    for name, (_, files, purpose) in STAGES.items():
+        command = commands.add_parser(name, help=purpose, description=purpose,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = command.add_argument
+        add("--out", required=True, help="file to write (.jsonl)")
         for file in files:
-            p.add_argument("--" + file, required=True, help=FILES[file])
+            add(f"--{file}", required=True, help=FILES[file])
         if name in ("rollouts", "pairs", "benign"):
-            lm_code.add_sampler_flags(p)
+            add_sampler_flags(command)
         if name in ("judge", "pairs", "benign"):
-            client.add_judge_flags(p)
+            add_judge_flags(command)
         if name in ("pairs", "benign"):
-            p.add_argument("--triggers", default=str(HERE / "prompts" / "triggers.txt"), help="safety triggers, one a line")
+            add("--triggers", default=DEFAULT_TRIGGERS, help="safety triggers, one a line")
         if name == "rollouts":
-            p.add_argument("--samples", type=int, default=6, help="rollouts a prompt (one for each trigger)")
-            p.add_argument("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
+            add("--samples", type=int, default=6, help="rollouts a prompt (one for each trigger)")
+            add("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
         if name == "pairs":
-            p.add_argument("--max-interventions", type=int, default=1, help="the paper's N: rounds of intervention")
-        for add_flags in more:
-            add_flags(p)
+            add("--max-interventions", type=int, default=1,
+                help="the paper's N: rounds of intervention")
     return parser
 
 
 def main(argv=None):
     """Run one stage from the command line."""
     args = build_parser().parse_args(argv)
-    flags, (work, files) = {k: v for k, v in vars(args).items() if k != "stage"}, args.stage
-    if "judge" in flags:  # with a hash of its rules or prompts, so that verdicts of different ones are never mixed
-        args.judge = judge_of(args)
-        flags["judge"] = args.judge.name
+    run, files, _ = STAGES[args.command]
+    flags = recorded_flags(args)
+    judge = None
+    if "judge" in flags:
+        judge = judge_from_flags(args)
+        # Its name holds a hash of its rules or prompts: verdicts of different ones never mix.
+        flags["judge"] = judge.name
+    inputs = [flags[name] for name in ("model", "triggers", *files) if name in flags]
 
-    def books():
-        counts, more = work(args)
-        return counts, {**more, "judge": args.judge.summary() if "judge" in flags else {}}
-    inputs = [flags[k] for k in ("model", "triggers", "reference", "csr", "points", *files) if k in flags]
-    data.stage(args.out, flags, inputs, books)
+    def work():
+        sampler = sampler_from_flags(args) if "model" in flags else None
+        counts, more = run(**recorded_flags(args, judge=judge, sampler=sampler))
+        if judge:
+            more["judge"] = judge.summary()
+        return counts, more
+
+    run_stage(args.out, flags, inputs, work)
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -1,15 +1,17 @@
-"""Training: the preference loss of Intervened Preference Optimization and the loop that minimises it.
+"""Training: the loss of Intervened Preference Optimization and the loop that minimises it.
 
     python ipo.py train --model MODEL --pairs pairs.jsonl --out runs/my/stage1
     torchrun --nproc-per-node 8 ipo.py train ...          # the same, sharded over 8 GPUs
 
-(Not *Identity* Preference Optimization, which other libraries call IPO; hence `preference_loss`, never `ipo_loss`.)
+(Not *Identity* Preference Optimization, which other libraries call IPO; hence `preference_loss`,
+never `ipo_loss`.)
 
-The loop is plain: global batches drawn from a seed, each rank's share cut into micro-batches, AdamW, cosine schedule.
-There is no resident reference model: its log-probabilities are computed once, before the first update, by the same
-code on the same weights, so the first loss is log 2 and the first margins are 0. Several processes shard the model
-with `fully_shard`, one block at a time; every sum is divided by the *global* count, so the result depends neither on
-the number of ranks nor on the size of the micro-batches.
+The loop is plain: global batches drawn from a seed, each rank's share cut into micro-batches,
+AdamW, cosine schedule. There is no resident reference model: its log-probabilities are computed
+once, before the first update, by the same code on the same weights, so the first loss is log 2 and
+the first margins are 0. Several processes shard the model with `fully_shard`, one block at a time;
+every sum is divided by the *global* count, so the result depends neither on the number of ranks
+nor on the size of the micro-batches.
 """
 import argparse
 import contextlib
@@ -18,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -26,222 +27,238 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-import data
-import model as lm_code
-from extras import checkpoint, plan
+from data import batch_tokens, collate, global_batches, load_pairs, micro_batches
+from model import (completion_logps, empty_model, load_tokenizer, pick_device, pick_dtype,
+                   read_weights, save_model, stored_dtype, tree_logps)
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.errors import InputError, exit_cleanly
+from support.files import json_line, write_json, write_jsonl
+from support.stages import close_stage, fingerprint, funnel_line, open_stage, sidecar
+from support.trees import pack, tree_parts, use_tree_attention
 
 
-# ------------------------------------------------------------------------------------------------------- the loss
+# -------------------------------------------------------------------------------------- the loss
 
-def preference_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+def preference_loss(policy_chosen_logps, policy_rejected_logps,
+                    ref_chosen_logps, ref_rejected_logps, beta):
     """L_pref of Eq. 4 for each pair, from summed log-probabilities of the two suffixes.
 
-    Arguments: float (B,), nats, summed over the tokens from h to EOS, given the shared prefix; beta: a float.
-    Returns (losses, chosen_rewards, rejected_rewards), each (B,); the rewards carry no gradient.
+    Arguments: float (B,), nats, summed over the tokens from h to EOS, given the shared prefix;
+    beta: a float. Returns (losses, chosen_rewards, rejected_rewards), each (B,); the rewards carry
+    no gradient.
 
     >>> zero = torch.zeros(1)
     >>> losses, chosen, rejected = preference_loss(zero, zero, zero, zero, beta=0.1)
-    >>> round(losses.item(), 4)                                                    # log 2: no preference yet
+    >>> round(losses.item(), 4)                                           # log 2: no preference yet
     0.6931
     """
-    chosen_logratios = policy_chosen_logps - ref_chosen_logps        # (B,) log pi(z~[h:]) - log ref(z~[h:])
-    rejected_logratios = policy_rejected_logps - ref_rejected_logps  # (B,) log pi(z[h:])  - log ref(z[h:])
-    # PAPER: Eq. 4 as printed leaves the reference out of its first term; this is what its text and ablation describe.
+    # (B,) log pi(z~[h:]) - log ref(z~[h:])
+    chosen_logratios = policy_chosen_logps - ref_chosen_logps
+    # (B,) log pi(z[h:]) - log ref(z[h:])
+    rejected_logratios = policy_rejected_logps - ref_rejected_logps
+    # PAPER: Eq. 4 as printed leaves the reference out of its first term; this is what its text and
+    # ablation describe.
     losses = -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
-    return losses, (beta * chosen_logratios).detach(), (beta * rejected_logratios).detach()
+    chosen_rewards = (beta * chosen_logratios).detach()
+    rejected_rewards = (beta * rejected_logratios).detach()
+    return losses, chosen_rewards, rejected_rewards
 
 
-# ------------------------------------------------------------------------------------------- the model in training
+# -------------------------------------------------------------------------- the model in training
 
 class Policy(nn.Module):
-    """The language model with log-probabilities as its `forward`, the form in which FSDP can wrap it whole.
+    """The language model with log-probabilities as its `forward`.
 
-    `share` computes each prefix once for all sequences that begin with it; without it every sequence is a padded row.
+    FSDP gathers the root's weights in `forward` only, so everything that reads a weight, the output
+    head too, has to happen inside it. With `share` each prefix is computed once for all sequences
+    that begin with it; without it every sequence is a padded row.
     """
 
     def __init__(self, lm, share=False):
         super().__init__()
-        self.lm, self.share = lm, share
+        self.lm = lm
+        self.share = share
         if share:
-            lm_code.grow_trees(lm)
+            use_tree_attention(lm)
 
     def rows(self, sequences, device):
-        """The input of `forward` for (prefix, completion) sequences."""
+        """The keywords of `forward` for some (prefix, completion) sequences of token ids."""
         if not self.share:
-            return data.collate(sequences, device)
-        return {k: v if k == "tree" else torch.tensor(v, device=device) for k, v in data.pack(sequences).items()}
+            return collate(sequences, device)
+        packed = pack(sequences)
+        # All but `tree` are indices on the device; `tree`, lists of lengths, steers the attention.
+        tree = packed.pop("tree")
+        tensors = {key: torch.tensor(values, device=device) for key, values in packed.items()}
+        return {"tree": tree, **tensors}
 
     def forward(self, **rows):
         """The `rows` of B sequences -> float32 (B,), nats, summed over completion tokens."""
-        return (lm_code.tree_logps if self.share else lm_code.completion_logps)(self.lm, **rows)
-
-
-class LoRA(nn.Module):
-    """A frozen linear layer W with an adapter of low rank (Hu et al., 2021): y = W x + 2 B A x; B = 0 at first."""
-
-    def __init__(self, base, rank):
-        super().__init__()
-        self.base = base
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device="meta", dtype=torch.float32))
-        self.lora_b = nn.Parameter(torch.empty(base.out_features, rank, device="meta", dtype=torch.float32))
-
-    def forward(self, x):
-        """(..., in) -> (..., out)."""
-        return self.base(x) + 2 * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-
-
-def skeleton(path, attn="sdpa", lora_rank=0, frozen_dtype=torch.float32):
-    """The model that `path` describes, on the meta device: shapes without memory. Only what it trains wants gradients.
-
-    Trainable weights are always float32: at these learning rates an update is smaller than bfloat16 can resolve.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    config = AutoConfig.from_pretrained(path)
-    config.attention_dropout = 0.0  # CHOICE: the reference pass and the training pass must agree
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=frozen_dtype if lora_rank else torch.float32,
-                                              attn_implementation=attn)
-    with contextlib.suppress(OSError):  # some models ship none
-        lm.generation_config = GenerationConfig.from_pretrained(path)
-    if lora_rank:
-        lm.requires_grad_(False)
-        for name, module in list(lm.get_decoder().layers.named_modules()):
-            if isinstance(module, nn.Linear):
-                parent, _, child = name.rpartition(".")
-                setattr(lm.get_decoder().layers.get_submodule(parent), child, LoRA(module, lora_rank))
-    return lm
+        if self.share:
+            return tree_logps(self.lm, **rows)
+        return completion_logps(self.lm, **rows)
 
 
 def start_distributed(device_name):
     """Join the process group under torchrun; alone otherwise. Returns (device, rank, world)."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = lm_code.pick_device(device_name)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these variables
+    rank = int(os.environ.get("RANK", 0))
+    device = pick_device(device_name)
+    if world == 1:
+        return device, rank, world
+    backend = "gloo"
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # gloo gathers Python objects, nccl gradients and weights
+    dist.init_process_group(backend)
     return device, rank, world
 
 
-def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activations=False, share=True, lora_rank=0,
-                compiled=False):
+def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activations=False,
+                share=True, lora_rank=0, compiled=False):
     """Build, shard and fill the policy; no rank ever holds more than its own part of the weights.
 
-    Trained weights are float32, computed with in `dtype`. FSDP by hand: each block is sharded, then the rest, so that
-    one block at a time is gathered. Returns (policy, context manager factory for the forward).
+    Trained weights are float32: at these learning rates an update is smaller than bfloat16 can
+    resolve. They are computed with in `dtype`. Returns (policy, autocast): `autocast()` is the
+    context manager for every forward pass.
     """
-    lm = skeleton(path, attn, lora_rank, dtype)
+    # On the meta device, so shapes without memory: a rank never allocates what it won't hold.
+    lm = empty_model(path, attn, lora_rank, dtype)
+    blocks = lm.get_decoder().layers
     if checkpoint_activations:
-        lm.activation_checkpointing_enable()
+        lm.activation_checkpointing_enable()  # before sharding, which hooks into the same blocks
     policy = Policy(lm, share).train()
     if world > 1:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        # FSDP by hand: each block is sharded by itself, then the root with all that is left
+        # (embeddings, head), so that a forward or backward pass gathers one block at a time.
+        # Blocks compute in `dtype`; gradients are summed over ranks in float32.
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for block in lm.get_decoder().layers:
+        for block in blocks:
             fully_shard(block, mp_policy=precision)
         fully_shard(policy, mp_policy=precision)
-    read_weights(lm, path, device, rank, world)
-    if compiled:  # not the attention: its shapes change with every tree
-        for block in lm.get_decoder().layers:
+    read_weights(lm, path, device, rank, world)  # only now: each rank reads its rows of each weight
+    if compiled:
+        for block in blocks:  # not the attention: its shapes change with every tree
             block.mlp.compile(dynamic=True)
     if world > 1 or dtype == torch.float32:
-        return policy, contextlib.nullcontext
-    return policy, lambda: torch.autocast(device.type, dtype)
+        return policy, contextlib.nullcontext  # FSDP casts by itself
+    return policy, functools.partial(torch.autocast, device.type, dtype)
 
 
-@torch.no_grad()
-def read_weights(lm, path, device, rank, world):
-    """Give a (sharded) skeleton memory and fill each rank's rows from the safetensors files; adapters start afresh.
-
-    Raises SystemExit when the files and the architecture do not name the same weights.
-    """
-    lm.to_empty(device=device)
-    lm.tie_weights()  # to_empty has parted tied weights
-    decoder = lm.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(lm.config).to(device)  # its buffers are in no checkpoint
-    missing = {name.replace(".base.", "."): p for name, p in lm.named_parameters()}
-    known = {name.replace(".base.", ".") for name in lm.state_dict()}
-    for file in data.weight_files(path):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():
-                if name in missing:
-                    own, rows = own_rows(missing.pop(name), rank, world)
-                    own.copy_(weights.get_slice(name)[rows] if len(own) else own)
-                elif name not in known and not name.endswith("rotary_emb.inv_freq"):
-                    raise SystemExit(f"{file}: {name} has no place in a {type(lm).__name__}.")
-    for i, name in enumerate(name for name in list(missing) if "lora_" in name):
-        own, rows = own_rows(p := missing.pop(name), rank, world)
-        start = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) / p.shape[1] ** 0.5
-        own.copy_(start[rows] if name.endswith("lora_a") else torch.zeros_like(own))
-    if missing:
-        raise SystemExit(f"{path}: the safetensors files lack {', '.join(sorted(missing)[:5])}.")
-
-
-def own_rows(p, rank, world):
-    """A parameter's local tensor and the rows of the whole that it holds; FSDP cuts as `torch.chunk` does."""
-    n = math.ceil(len(p) / world)
-    return p.to_local() if isinstance(p, DTensor) else p, slice(min(rank * n, len(p)), min((rank + 1) * n, len(p)))
-
-
-# --------------------------------------------------------------------------------------------------- what is learnt
+# -------------------------------------------------------------------------------- what is learned
 
 def pair_sequences(pair, score_from="h"):
-    """The two sequences of a pair, as (prefix, completion): scored from h, or from the end of the prompt."""
-    n = len(pair["prefix_ids"]) if score_from == "h" else pair["n_prompt"]
-    whole = [pair["prefix_ids"] + pair[side] for side in ("chosen_ids", "rejected_ids")]
-    return [(ids[:n], ids[n:]) for ids in whole]
+    """Chosen and rejected of a pair as (prefix, completion): scored from h or after the prompt.
+
+    >>> pair = {"prefix_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "n_prompt": 1}
+    >>> pair_sequences(pair), pair_sequences(pair, "prompt")
+    ([([5, 6], [7]), ([5, 6], [8, 9])], [([5], [6, 7]), ([5], [6, 8, 9])])
+    """
+    start = len(pair["prefix_ids"]) if score_from == "h" else pair["n_prompt"]
+    sequences = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids = pair["prefix_ids"] + pair[side]
+        sequences.append((ids[:start], ids[start:]))
+    return sequences
+
+
+def all_sides(pairs, score_from):
+    """The chosen sequences of some pairs and their rejected ones, as two lists."""
+    sequences = [pair_sequences(pair, score_from) for pair in pairs]
+    chosen = [sides[0] for sides in sequences]
+    rejected = [sides[1] for sides in sequences]
+    return chosen, rejected
 
 
 def pair_losses(policy, pairs, device, beta, sft_weight, score_from="h"):
-    """Losses (B,) of some pairs with their metrics (each a (B,) tensor): L_pref + sft_weight * L_sft.
+    """Losses (B,) of some pairs, L_pref + sft_weight * L_sft, with their metrics, each (B,).
 
-    A pair carries `ref`, its two reference log-probabilities. L_sft is the negative log-likelihood of the chosen
-    suffix over its number of tokens. Chosen and rejected go through one forward pass.
+    A pair carries `ref`, its two reference log-probabilities. L_sft is the negative log-likelihood
+    of the chosen suffix over its number of tokens. Chosen and rejected go through one forward pass.
     """
-    sequences = [pair_sequences(p, score_from)[i] for i in (0, 1) for p in pairs]
-    chosen, rejected = policy(**policy.rows(sequences, device)).split(len(pairs))            # (B,), (B,)
-    ref_chosen, ref_rejected = torch.tensor([p["ref"] for p in pairs], device=device).T      # (B,), (B,)
-    losses, chosen_rewards, rejected_rewards = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-    sft = -chosen / torch.tensor([len(c) for _, c in sequences[:len(pairs)]], device=device)
-    return losses + sft_weight * sft, {
-        "loss/preference": losses, "loss/sft": sft,
-        "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+    chosen, rejected = all_sides(pairs, score_from)
+    # Both sides together, so that they and other pairs of their prompt share one trunk.
+    rows = policy.rows(chosen + rejected, device)
+    chosen_logps, rejected_logps = policy(**rows).split(len(pairs))               # (B,), (B,)
+    reference = torch.tensor([pair["ref"] for pair in pairs], device=device)      # (B, 2)
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        chosen_logps, rejected_logps, reference[:, 0], reference[:, 1], beta)
+    # A mean over tokens in each pair, then over pairs: independent of how pairs are batched.
+    lengths = torch.tensor([len(suffix) for _, suffix in chosen], device=device)  # (B,)
+    sft = -chosen_logps / lengths
+    metrics = {
+        "loss/preference": losses,
+        "loss/sft": sft,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
         "rewards/margins": chosen_rewards - rejected_rewards,
         "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-        "logps/chosen": chosen, "logps/rejected": rejected}
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+    }
+    return losses + sft_weight * sft, metrics
 
 
-def sft_losses(policy, examples, device):
-    """Losses (B,) of supervised fine-tuning: mean negative log-likelihood of each completion's tokens."""
-    logps = policy(**policy.rows([(e["prefix_ids"], e["chosen_ids"]) for e in examples], device))
-    return -logps / torch.tensor([len(e["chosen_ids"]) for e in examples], device=device), {}
-
+# ------------------------------------------------------------------------------- the reference
 
 @torch.no_grad()
 def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
-    """Fill `pair["ref"]` with [chosen, rejected] log-probabilities under the policy as it stands now.
+    """Fill `pair["ref"]` with [chosen, rejected] log-probabilities under the policy as it stands.
 
-    `batches` are micro-batches of the first epoch, so that each pair is computed in the company in which training
-    will first meet it: in bfloat16 another shape alone would move the first margins away from 0.
+    `batches` are micro-batches (lists of indices) of the first epoch, so that each pair is computed
+    in the company in which training will first meet it: in bfloat16 another shape alone would move
+    the first margins away from 0.
     """
     for micro in batches:
+        # A rank with nothing to do computes some pair all the same: a pass of FSDP takes all ranks.
         group = [pairs[i] for i in micro] or pairs[:1]
-        sequences = [pair_sequences(p, score_from)[i] for i in (0, 1) for p in group]
+        chosen, rejected = all_sides(group, score_from)
         with autocast():
-            values = policy(**policy.rows(sequences, device)).tolist()
-        for k, i in enumerate(micro):
-            pairs[i]["ref"] = [values[k], values[k + len(group)]]
-    if hasattr(policy, "reshard"):  # FSDP leaves the root gathered after a forward; an optimizer made now would miss it
+            logps = policy(**policy.rows(chosen + rejected, device))  # (2 B,)
+        by_pair = logps.view(2, len(group)).T.tolist()  # lists of [chosen, rejected]
+        for i, ref in zip(micro, by_pair):
+            pairs[i]["ref"] = ref
+    if hasattr(policy, "reshard"):
+        # FSDP leaves the root gathered after a forward; an optimizer made now would miss it.
         policy.reshard()
 
 
-# ------------------------------------------------------------------------------------------------------- the loop
+def cached_reference(path, key, policy, pairs, batches, device, autocast, rank, world, score_from):
+    """Fill `pair["ref"]` from the file `path` if it was made with `key`, else by one pass.
+
+    The pass is stored in `path` for restarts and further epochs. All ranks must call this.
+    """
+    stored = {}
+    if path.exists():
+        stored = json.loads(path.read_text())  # JSON gives back the very floats that it was given
+    if stored.get("key") != key:
+        reference_logps(policy, pairs, batches, device, autocast, score_from)
+        # Each rank has computed its own share of the pairs, and will need any of them.
+        mine = {pair["id"]: pair["ref"] for pair in pairs if "ref" in pair}
+        stored = {"key": key, "logps": merge_over_ranks(mine, world)}
+        if rank == 0:
+            write_json(path, stored)
+    for pair in pairs:
+        pair["ref"] = stored["logps"][pair["id"]]
+
+
+def merge_over_ranks(mine, world):
+    """The entries of every rank's dict in one, on every rank."""
+    if world == 1:
+        return mine
+    shares = [None] * world
+    dist.all_gather_object(shares, mine)
+    merged = {}
+    for share in shares:
+        merged.update(share)
+    return merged
+
+
+# --------------------------------------------------------------------------------------- the loop
 
 def learning_rate(step, steps, peak, warmup=0.1):
     """Linear warm-up over the first tenth of the steps, then a cosine to 0.
@@ -255,294 +272,361 @@ def learning_rate(step, steps, peak, warmup=0.1):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def step_line(title, line, steps):
-    """One step as one line for people."""
-    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy", "reward": "reward",
-             "no_variety": "groups without variety", "kl": "KL", "grad_norm": "grad norm", "tokens_per_s": "tokens/s"}
-    return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(
-        f"{name} {line[key]:.4g}" for key, name in shown.items() if key in line)
-
-
-def start_or_resume(policy, out, lr, weight_decay, rank=0):
-    """(AdamW, the metrics so far): both fresh, or policy and all as they were at the newest checkpoint in `out`."""
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr,
-                                  weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
-    first = checkpoint.load(out, policy, optimizer)
-    lines = (out / "metrics.jsonl").read_text().splitlines()[:first] if first else []  # a torn last line is beyond
-    log = [json.loads(line) for line in lines]
+def load_or_start(policy, out, lr, weight_decay, rank=0):
+    """AdamW and the metrics so far: from the newest checkpoint in `out`, weights too, or new."""
+    trained = [p for p in policy.parameters() if p.requires_grad]  # with LoRA the adapters only
+    optimizer = torch.optim.AdamW(
+        trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), fused=True)
+    step = load_checkpoint(out, policy, optimizer)
+    path = out / "metrics.jsonl"
+    log = []
+    if step:
+        # Steps after the checkpoint are made again; a line that a kill has torn is one of them.
+        lines = path.read_text().splitlines()[:step]
+        log = [json.loads(line) for line in lines]
     if rank == 0:
-        data.write_jsonl(out / "metrics.jsonl", log)  # lines after the checkpoint are made again
+        write_jsonl(path, log)
     return optimizer, log
 
 
-def take_step(policy, optimizer, rate, groups, spare, total, losses_of, autocast, clip=1.0, world=1, defer_sync=False):
-    """One update at learning rate `rate` down the gradient of sum(losses) / `total`, over all groups and ranks.
+def take_step(policy, optimizer, rate, groups, spare, total, losses_of, autocast,
+              clip=1.0, world=1, defer_sync=False):
+    """One update at learning rate `rate` down the gradient of sum(losses) / `total`.
 
-    groups: this rank's micro-batches, lists of examples, each for `losses_of(policy, group) -> (losses, metrics)`;
-    `spare` takes the place of an empty one. Returns (metrics: sums / `total`, gradient norm before clipping).
+    The sum goes over all groups and ranks. groups: this rank's micro-batches, lists of examples,
+    each for `losses_of(policy, group) -> (losses, metrics)`; `spare` takes the place of an empty
+    one. Returns (metrics: sums / `total`, gradient norm before clipping).
     """
     sums = {}
-    for k, group in enumerate(groups):
+    # Gradients of all micro-batches add up before the one update.
+    for number, group in enumerate(groups, 1):
         if world > 1:
-            policy.set_requires_gradient_sync(not defer_sync or k + 1 == len(groups))
+            # Reducing after every micro-batch costs time; deferring it costs memory, because a
+            # rank then keeps the gradients of all weights, not of its part alone.
+            policy.set_requires_gradient_sync(not defer_sync or number == len(groups))
         with autocast():
             losses, metrics = losses_of(policy, group or spare)
-        weight = len(group) > 0  # an empty micro-batch takes part with weight 0
-        # FSDP averages gradients over ranks; times world makes it the sum, over the global count the mean.
+        weight = 1 if group else 0  # an empty micro-batch takes part with weight 0
+        # FSDP averages gradients over ranks; times world makes it the sum, over the global count
+        # the mean.
         (losses.sum() * weight * world / total).backward()
         for name, values in {"loss": losses, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + values.detach().float().sum() * weight
-    norm = nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], clip)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # on every rank: it communicates
+
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(trained, clip)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # on every rank: it communicates
     for part in optimizer.param_groups:
         part["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    values = torch.stack(list(sums.values())) / total
+
+    # One synchronisation with the device for all metrics of the step.
+    means = torch.stack(list(sums.values())) / total
     if world > 1:
-        dist.all_reduce(values)
-    return {k: round(v, 6) for k, v in zip(sums, values.tolist())}, round(norm.item(), 6)
+        dist.all_reduce(means)
+    means = [round(mean, 6) for mean in means.tolist()]
+    return dict(zip(sums, means)), round(norm.item(), 6)
 
 
-def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batches, lr, weight_decay=0.0,
-        clip=1.0, micro_tokens=16384, save_every=50, defer_sync=False):
-    """Minimise the mean of `losses_of(policy, examples)` over global batches; log, checkpoint and resume.
+def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batches, lr,
+        weight_decay=0.0, clip=1.0, micro_tokens=16384, save_every=50, defer_sync=False):
+    """Minimise the mean of `losses_of(policy, examples)` over global batches.
 
-    examples: list; parts: the tokens that each costs (`data.tree_parts`); batches: from `data.global_batches`. Writes
-    `out/metrics.jsonl`, one line a step. Killed and started again, it goes on from the last of its checkpoints
-    (every `save_every` steps) and ends with the same weights. Returns the list of metrics.
+    examples: list; parts: the tokens that each costs (`token_parts`); batches: from
+    `data.global_batches`. Writes `out/metrics.jsonl`, one line a step, and a checkpoint every
+    `save_every` steps. Killed and started again, it picks up at the last checkpoint and ends with
+    the same weights. Returns the list of metrics.
     """
-    optimizer, log = start_or_resume(policy, out, lr, weight_decay, rank)
+    if not examples:
+        if rank == 0:
+            print(f"{out.name}: nothing to train on, so the model is passed on unchanged")
+        return []
+    optimizer, log = load_or_start(policy, out, lr, weight_decay, rank)
+    # Nothing here is random: rate and batch follow from the step, so a restart repeats them.
     for step in range(len(log), len(batches)):
-        started, rate = time.monotonic(), learning_rate(step, len(batches), lr)
-        micros = data.micro_batches(batches[step], parts, micro_tokens, rank, world)
-        values, norm = take_step(policy, optimizer, rate, [[examples[i] for i in micro] for micro in micros], examples[:1],
-                                 len(batches[step]), losses_of, autocast, clip, world, defer_sync)
+        started = time.monotonic()
+        batch = batches[step]
+        rate = learning_rate(step, len(batches), lr)
+        groups = []
+        for micro in micro_batches(batch, parts, micro_tokens, rank, world):
+            groups.append([examples[i] for i in micro])
+        values, norm = take_step(policy, optimizer, rate, groups, examples[:1], len(batch),
+                                 losses_of, autocast, clip, world, defer_sync)
+        speed = batch_tokens(batch, parts) / (time.monotonic() - started)
         log.append({"step": step, **values, "grad_norm": norm, "lr": rate,
-                    "tokens_per_s": round(data.tokens_of(batches[step], parts) / (time.monotonic() - started))})
-        end_step(policy, optimizer, out, log[-1], len(batches), save_every, rank)
+                    "tokens_per_s": round(speed)})
+        log_step(out, log[-1], len(batches), rank)
+        if (step + 1) % save_every == 0 and step + 1 < len(batches):
+            save_checkpoint(out, policy, optimizer, step + 1, rank)
     return log
 
 
-def end_step(policy, optimizer, out, line, steps, save_every, rank=0):
-    """Write a step's metrics to `out/metrics.jsonl` and for people, and a checkpoint if it is due."""
-    if rank == 0:
-        with open(out / "metrics.jsonl", "a") as f:
-            f.write(data.dump(line) + "\n")
-        print(step_line(out.name, line, steps), flush=True)
-    step = line["step"] + 1
-    if not math.isfinite(line["loss"]):
-        raise SystemExit(f"step {step}: the loss is {line['loss']}. Lower --lr, or look for a broken pair.")
-    if step % save_every == 0 and step < steps:
-        checkpoint.save(out, policy, optimizer, step, rank)
+def log_step(out, line, steps, rank=0):
+    """Add one step's metrics to `out/metrics.jsonl` and print them.
 
-
-def save_model(policy, tokenizer, out, rank, dtype, limit=5 * 10 ** 9):
-    """Write a Hugging Face directory (safetensors, config, tokenizer, generation config) into `out`, adapters merged.
-
-    Weights are gathered one at a time and written in files of about `limit` bytes, first into a temporary folder,
-    from which the files are renamed one by one. All ranks must call it: gathering communicates.
+    Raises InputError when the loss is not a finite number.
     """
-    def whole(p):
-        return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-
-    params = dict(policy.lm.named_parameters())  # tied weights come once
-    sizes = {name: p.numel() * dtype.itemsize for name, p in params.items() if "lora_" not in name}
-    files = data.in_files(sizes, limit)
-    temporary, index = out / ".model.tmp", {}
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    for number, names in enumerate(files, 1):
-        file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-        weights = {}
-        for name in names:
-            value, stem = whole(params[name]), name.removesuffix("base.weight")
-            if stem + "lora_a" in params:
-                value = value.float() + 2 * whole(params[stem + "lora_b"]) @ whole(params[stem + "lora_a"])
-            if rank == 0:
-                weights[name.replace(".base.", ".")] = value.to("cpu", dtype, copy=True)
-        if rank == 0:
-            save_file(weights, temporary / file, {"format": "pt"})
-            index |= dict.fromkeys(weights, file)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json_line(line) + "\n")
+        print(step_line(out.name, line, steps), flush=True)
+    if not math.isfinite(line["loss"]):
+        raise InputError(f"step {line['step'] + 1}: the loss is {line['loss']}. "
+                         "Lower --lr, or look for a broken pair.")
+
+
+SHOWN = {
+    "loss": "loss",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "reward": "reward",
+    "no_variety": "groups without variety",
+    "kl": "KL",
+    "grad_norm": "grad norm",
+    "tokens_per_s": "tokens/s",
+}
+
+
+def step_line(title, line, steps):
+    """One step as one line for people.
+
+    >>> step_line("stage1", {"step": 0, "loss": 0.7654321, "lr": 1e-6}, 13)
+    'stage1 1/13: loss 0.7654'
+    """
+    shown = [f"{SHOWN[key]} {line[key]:.4g}" for key in SHOWN if key in line]
+    return f"{title} {line['step'] + 1}/{steps}: " + ", ".join(shown)
+
+
+# -------------------------------------------------------------------------------------- the stage
+
+def open_training(out, flags, inputs, rank, world):
+    """Open the stage (rank 0 decides for all); returns whether it is finished already."""
+    answer = [None]
     if rank == 0:
-        policy.lm.config.dtype = dtype
-        for part in (policy.lm.config, policy.lm.generation_config, tokenizer):
-            part.save_pretrained(temporary)
-        if len(files) > 1:
-            data.write_json(temporary / "model.safetensors.index.json",
-                            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
-        for path in temporary.iterdir():
-            os.replace(path, out / path.name)
-        temporary.rmdir()
-
-
-# ------------------------------------------------------------------------------------------------------- the stages
-
-def cached_reference(path, key, policy, pairs, batches, device, autocast, rank, world, score_from):
-    """Reference log-probabilities from `path` if they were made with `key`, else from one pass, which is stored."""
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    if stored.get("key") != key:
-        reference_logps(policy, pairs, batches, device, autocast, score_from)
-        shares = [None] * world
-        mine = {p["id"]: p["ref"] for p in pairs if "ref" in p}
-        dist.all_gather_object(shares, mine) if world > 1 else shares.__setitem__(0, mine)
-        stored = {"key": key, "logps": {id: ref for share in shares for id, ref in share.items()}}
-        if rank == 0:
-            data.write_json(path, stored)
-    for pair in pairs:
-        pair["ref"] = stored["logps"][pair["id"]]
-
-
-def load_completions(paths, tokenizer, max_length):
-    """Examples for `sft`: the chosen side of pair records, or records with the texts `prompt` and `completion`."""
-    examples, dropped = [], 0
-    for path in paths:
-        for number, r in enumerate(data.read_jsonl(path), 1):
-            if "chosen_ids" not in r:
-                if not all(isinstance(r.get(k), str) for k in ("prompt", "completion")):
-                    raise data.BadInput(f"{path}, record {number}: needs the texts `prompt` and `completion`, "
-                                     "or the ids of a pair.")
-                ids = tokenizer.encode(r["completion"], add_special_tokens=False) + [tokenizer.eos_token_id]
-                r = {"prefix_ids": lm_code.render_prompt(tokenizer, r["prompt"]), "chosen_ids": ids}
-            if len(r["prefix_ids"]) + len(r["chosen_ids"]) > max_length:
-                dropped += 1
-            else:
-                examples.append(r)
-    return examples, dropped
-
-
-def refuse_below_1(args, *flags):
-    """Raise SystemExit for a flag that counts something and is below 1."""
-    for flag in flags:
-        if getattr(args, flag) < 1:
-            raise SystemExit(f"--{flag.replace('_', '-')} must be at least 1.")
-
-
-def run(args):
-    """The stages `train` (preference pairs) and `sft` (completions): read, train, save, one funnel line."""
-    refuse_below_1(args, "batch_size", "micro_tokens", "max_length", "epochs", "save_every")
-    device, rank, world = start_distributed(args.device)
-    out, files = Path(args.out), args.pairs if args.command == "train" else args.data
-    reference = getattr(args, "reference", None) or args.model
-    inputs = [args.model, *files] + [reference] * (reference != args.model)
-    box = [data.begin(out, vars(args), inputs) if rank == 0 else None]
+        answer = [open_stage(out, flags, inputs)]
     if world > 1:
-        dist.broadcast_object_list(box)
-    if box[0]:
-        return print(data.funnel_line(box[0]), "(finished before)") if rank == 0 else None
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = lm_code.load_tokenizer(args.model)
-    dtype = lm_code.pick_dtype(args.dtype, device)
-    load = functools.partial(load_policy, device=device, rank=rank, world=world, dtype=dtype, attn=args.attn,
-                             checkpoint_activations=args.checkpoint_activations, share=not args.no_share,
-                             lora_rank=args.lora_rank, compiled=args.compile)
-    policy, autocast = load(reference)
-    if args.command == "train":
-        examples, dropped = data.load_pairs(files, args.max_length)
-        rows = [pair_sequences(p, args.score_from) for p in examples]
-        losses_of = functools.partial(pair_losses, device=device, beta=args.beta, sft_weight=args.sft_weight,
-                                      score_from=args.score_from)
-    else:
-        examples, dropped = load_completions(files, tokenizer, args.max_length)
-        rows = [[(e["prefix_ids"], e["chosen_ids"])] for e in examples]
-        losses_of = functools.partial(sft_losses, device=device)
-    if args.no_share:  # padded rows: every example for itself, and as long as the longest that it may be padded to
-        longest = max((len(p) + len(c) for r in rows for p, c in r), default=0)
-        parts = [{i: len(r) * longest} for i, r in enumerate(rows)]
-    else:
-        parts = [data.tree_parts(r) for r in rows]
-    # CHOICE: only pairs meet by trees; completions of one prompt may be so many that a batch would be of that prompt alone.
-    order = parts if args.command == "train" else [{i: 1} for i in range(len(parts))]
-    batches, log = data.global_batches(order, args.batch_size, args.epochs, args.seed), []
-    if not examples and rank == 0:
-        print(f"{out.name}: nothing to train on, so the model is passed on unchanged")
-    if examples and args.command == "train":
-        epoch = [m for b in batches[:math.ceil(len(examples) / args.batch_size)]
-                 for m in data.micro_batches(b, parts, args.micro_tokens, rank, world)]
-        key = [data.fingerprint(p) for p in (reference, *files)] + [str(dtype), args.score_from, args.no_share, args.max_length]
-        cached_reference(data.beside(out, "reference"), key, policy, examples, epoch, device, autocast, rank, world,
-                         args.score_from)
-    if reference != args.model:
-        del policy  # never two models at once
-        policy, autocast = load(args.model)
-    if examples:
-        log = fit(policy, examples, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast, batches=batches,
-                  lr=args.lr, weight_decay=args.weight_decay, clip=args.clip, micro_tokens=args.micro_tokens,
-                  save_every=args.save_every, defer_sync=args.defer_sync)
-    dtype = lm_code.stored_dtype(args.model) if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
-    save_model(policy, tokenizer, out, rank, dtype)
+        dist.broadcast_object_list(answer)  # in place; other ranks wait here for the first
+    funnel = answer[0]
+    if funnel is None:
+        out.mkdir(parents=True, exist_ok=True)
+        return False
     if rank == 0:
-        data.finish(out, out.name, {"examples": len(examples) + dropped, "short enough": len(examples),
-                                    "steps": len(log)})
-        for old in out.glob("checkpoint-*"):
-            shutil.rmtree(old)
+        print(funnel_line(funnel), "(finished before)")
+    return True
+
+
+def close_training(out, counts, rank, world):
+    """Write the funnel, remove the checkpoints and leave the process group."""
+    if rank == 0:
+        # In this order: killed in between, the stage is finished, and only space is wasted.
+        close_stage(out, counts)
+        for checkpoint in out.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     if world > 1:
+        dist.barrier()  # a rank that leaves while another still talks to it can crash that one
         dist.destroy_process_group()
+
+
+def token_parts(rows, share):
+    """The tokens that each example costs, in the form that `data.micro_batches` adds up.
+
+    rows: for each example its (prefix, completion) sequences.
+    """
+    if share:
+        return [tree_parts(sequences) for sequences in rows]
+    longest = 0
+    for sequences in rows:
+        for prefix, completion in sequences:
+            longest = max(longest, len(prefix) + len(completion))
+    # Padded rows: every example by itself, as long as the longest that it may be padded to.
+    return [{i: len(sequences) * longest} for i, sequences in enumerate(rows)]
+
+
+def dtype_to_save(name, model):
+    """The dtype of the saved weights; `auto` is that of the model that training starts from."""
+    if name == "auto":
+        return stored_dtype(model)
+    return getattr(torch, name)
+
+
+def train(pair_files, *, model, reference, beta, sft_weight, score_from, out, flags, device, dtype,
+          share, loading, batch_size, epochs, seed, max_length, micro_tokens, fitting, save_dtype):
+    """The stage `train`: preference training (Eq. 4), from files of pairs to a saved model.
+
+    flags: recorded beside `out`. loading: more keywords of `load_policy`; fitting: of `fit`.
+    """
+    device, rank, world = start_distributed(device)
+    reference = reference or model
+    inputs = [model, *pair_files]
+    if reference != model:
+        inputs.append(reference)
+    if open_training(out, flags, inputs, rank, world):
+        return
+
+    tokenizer = load_tokenizer(model)  # to be saved with the model
+    pairs, dropped = load_pairs(pair_files, max_length)
+    parts = token_parts([pair_sequences(pair, score_from) for pair in pairs], share)
+    batches = global_batches(parts, batch_size, epochs, seed)
+
+    dtype = pick_dtype(dtype, device)
+    load = functools.partial(load_policy, device=device, rank=rank, world=world, dtype=dtype,
+                             share=share, **loading)
+    policy, autocast = load(reference)
+    if pairs:
+        first_epoch = []
+        for batch in batches[:math.ceil(len(pairs) / batch_size)]:
+            first_epoch += micro_batches(batch, parts, micro_tokens, rank, world)
+        # All that the reference's numbers depend on, but for rounding.
+        key = [fingerprint(path) for path in (reference, *pair_files)]
+        key += [str(dtype), score_from, not share, max_length]
+        cached_reference(sidecar(out, "reference"), key, policy, pairs, first_epoch, device,
+                         autocast, rank, world, score_from)
+    if reference != model:
+        del policy  # never two models at once
+        policy, autocast = load(model)
+
+    losses_of = functools.partial(pair_losses, device=device, beta=beta, sft_weight=sft_weight,
+                                  score_from=score_from)  # (policy, pairs) -> (losses, metrics)
+    log = fit(policy, pairs, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast,
+              batches=batches, micro_tokens=micro_tokens, **fitting)
+    save_model(policy.lm, tokenizer, out, rank, dtype_to_save(save_dtype, model))
+    counts = {"examples": len(pairs) + dropped, "short enough": len(pairs), "steps": len(log)}
+    close_training(out, counts, rank, world)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+def add_size_flags(parser):
+    """The flags that decide how much memory training takes."""
+    add = parser.add_argument
+    add("--model", required=True,
+        help="model to start from: directory or hub name")
+    add("--micro-tokens", type=int, default=16384,
+        help="tokens a forward pass, a rank")
+    add("--lora-rank", type=int, default=0,
+        help="train adapters of this rank only; try --lr 1e-4")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute blocks in the backward pass")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="compute dtype")
+
+
+def add_training_flags(parser, lr):
+    """The flags of preference training that supervised fine-tuning has too."""
+    add = parser.add_argument
+    # CHOICE: learning rate, batch, epochs and schedule are not in the paper; these suit an 8B
+    # model.
+    add("--lr", type=float, default=lr,
+        help="peak learning rate")
+    add("--epochs", type=int, default=1,
+        help="passes over the examples")
+    add("--batch-size", type=int, default=32,
+        help="examples a step, over all ranks")
+    add("--max-length", type=int, default=16384,
+        help="longer examples are dropped and counted")
+    add("--weight-decay", type=float, default=0.0,
+        help="AdamW's weight decay")
+    add("--clip", type=float, default=1.0,
+        help="largest global gradient norm")
+    add("--seed", type=int, default=0,
+        help="order of the examples")
+    add("--save-every", type=int, default=50,
+        help="steps between checkpoints")
+    add("--save-dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="dtype of the saved weights; auto: that of --model")
+    add("--no-share", action="store_true",
+        help="the plain way: padded rows, prefixes computed anew")
+    add("--defer-sync", action="store_true",
+        help="reduce gradients once a step; each rank then holds all of them, in float32")
+    add("--compile", action="store_true",
+        help="compile the feed-forward layers")
+    add("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"),
+        help="kernel of --no-share")
+    add("--device", default="auto",
+        help="auto, cpu, cuda, ...")
+
+
+def training_settings(args):
+    """The keywords that all training stages share, from the flags above; called in `main` only.
+
+    Raises InputError for a flag that counts something and is below 1.
+    """
+    refuse_below_1(vars(args), "batch_size", "micro_tokens", "max_length", "epochs", "save_every")
+    loading = {
+        "attn": args.attn,
+        "checkpoint_activations": args.checkpoint_activations,
+        "lora_rank": args.lora_rank,
+        "compiled": args.compile,
+    }
+    fitting = {
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "clip": args.clip,
+        "save_every": args.save_every,
+        "defer_sync": args.defer_sync,
+    }
+    return {
+        "model": args.model,
+        "out": Path(args.out),
+        "flags": vars(args),
+        "device": args.device,
+        "dtype": args.dtype,
+        "share": not args.no_share,
+        "loading": loading,
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "max_length": args.max_length,
+        "micro_tokens": args.micro_tokens,
+        "fitting": fitting,
+        "save_dtype": args.save_dtype,
+    }
+
+
+def refuse_below_1(flags, *names):
+    """Raise InputError for one of the named flags that is below 1."""
+    for name in names:
+        if flags[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
 
 
 def build_parser():
     """The command line of this module."""
-    parser = argparse.ArgumentParser(prog="ipo.py", description="Train on preference pairs (or completions).")
+    parser = argparse.ArgumentParser(prog="ipo.py", description="Train on preference pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("grpo", help="the paper's baseline GRPO (extras/grpo.py)", add_help=False)  # see `main`
-    for name, text, lr in (("train", "preference training, Eq. 4", 1e-6), ("sft", "supervised fine-tuning", 1e-5),
-                           ("plan", "memory and speed of training, from the model's config alone", None)):
-        p = commands.add_parser(name, help=text, description=text,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("--model", required=True, help="model to start from: directory or hub name")
-        p.add_argument("--micro-tokens", type=int, default=16384, help="tokens a forward pass, a rank")
-        p.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank only; try --lr 1e-4")
-        p.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass")
-        p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="compute dtype")
-        if name == "plan":
-            plan.add_flags(p)
-            continue
-        p.add_argument("--out", required=True, help="directory for the trained model")
-        if name == "train":
-            p.add_argument("--pairs", required=True, nargs="+", help="files of pair records")
-            # CHOICE: beta is not in the paper; 0.1 is the usual value.
-            # CHOICE: stage 2 keeps the base model as reference, so that harmful pairs, which stage 1 has learned, hardly
-            # pull any more; with stage 1 as reference they start again at log 2 and wear the language down.
-            p.add_argument("--reference", help="the frozen model of Eq. 4; default: --model as it is before training")
-            p.add_argument("--beta", type=float, default=0.1, help="weight of the log-ratios in Eq. 4")
-            p.add_argument("--sft-weight", type=float, default=0.2, help="weight of L_sft")
-            p.add_argument("--score-from", choices=("h", "prompt"), default="h",
-                           help="first token scored: h as in the paper, or the whole trajectory (its ablation)")
-        else:
-            p.add_argument("--data", required=True, nargs="+", help="JSONL with prompt and completion, or pairs")
-        # CHOICE: learning rate, batch, epochs and schedule are not in the paper; these suit an 8B model.
-        p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-        p.add_argument("--epochs", type=int, default=1, help="passes over the examples")
-        p.add_argument("--batch-size", type=int, default=32, help="examples a step, over all ranks")
-        p.add_argument("--max-length", type=int, default=16384, help="longer examples are dropped and counted")
-        p.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
-        p.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
-        p.add_argument("--seed", type=int, default=0, help="order of the examples")
-        p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-        p.add_argument("--save-dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                       help="dtype of the saved weights; auto: that of --model")
-        p.add_argument("--no-share", action="store_true", help="the plain way: padded rows, prefixes computed anew")
-        p.add_argument("--defer-sync", action="store_true",
-                       help="reduce gradients once a step; each rank then holds them whole, in float32")
-        p.add_argument("--compile", action="store_true", help="compile the feed-forward layers")
-        p.add_argument("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"), help="kernel of --no-share")
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    text = "preference training, Eq. 4"
+    train_parser = commands.add_parser("train", help=text, description=text,
+                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_size_flags(train_parser)
+    add = train_parser.add_argument
+    add("--out", required=True,
+        help="directory for the trained model")
+    add("--pairs", required=True, nargs="+",
+        help="files of pair records")
+    # CHOICE: stage 2 keeps the base model as reference, so that harmful pairs, which stage 1 has
+    # learned, hardly pull any more; with stage 1 as reference they start again at log 2 and wear
+    # the language down.
+    add("--reference",
+        help="the frozen model of Eq. 4; default: --model as it is before training")
+    # CHOICE: beta is not in the paper; 0.1 is the usual value.
+    add("--beta", type=float, default=0.1,
+        help="weight of the log-ratios in Eq. 4")
+    add("--sft-weight", type=float, default=0.2,
+        help="weight of L_sft")
+    add("--score-from", choices=("h", "prompt"), default="h",
+        help="first token scored: h as in the paper, or all of the trajectory (its ablation)")
+    add_training_flags(train_parser, lr=1e-6)
     return parser
 
 
 def main(argv=None):
-    """Run one stage from the command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["grpo"]:
-        from extras import grpo  # it needs this module, so it can't be imported above
-        return grpo.main(argv[1:])
+    """Run the stage from the command line."""
     args = build_parser().parse_args(argv)
-    if args.command != "plan":
-        return run(args)
-    dtype = lm_code.pick_dtype(args.dtype, torch.device("cuda"))
-    plan.show(args, skeleton(args.model, lora_rank=args.lora_rank, frozen_dtype=dtype), dtype)
+    train(args.pairs, reference=args.reference, beta=args.beta, sft_weight=args.sft_weight,
+          score_from=args.score_from, **training_settings(args))
 
 
 if __name__ == "__main__":
-    record(main)()  # torchrun then shows the traceback of the rank that failed first
+    record(exit_cleanly)(main)  # torchrun then shows the traceback of the rank that failed first

@@ -1,35 +1,50 @@
-"""The language model: loading, prompts and think tags, sampling, log-probabilities, saving.
+"""The language model: loading, sampling, log-probabilities, saving.
 
-Any Hugging Face causal language model works whose decoder follows the Llama layout (Llama, Qwen2, Qwen3, ...);
-there is no line per model. Weights come and go as safetensors only.
+Any Hugging Face causal language model works whose decoder follows the Llama layout (Llama, Qwen2,
+Qwen3, ...); there is no line per model. Weights come and go as safetensors only. What makes this
+fast is in support/: kv_cache.py for sampling, trees.py and fused_head.py for log-probabilities.
 
-Left out on purpose: beam search, repetition penalties, top-k (the paper samples at temperature 0.6, top-p 0.95).
+Left out on purpose: beam search, repetition penalties, top-k (the paper samples at temperature
+0.6, top-p 0.95).
 """
-import functools
+import contextlib
 import hashlib
+import json
+import math
+import os
+import shutil
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from data import Completion, Request, decode
+from support.errors import InputError
+from support.files import write_json
+from support.fused_head import TokenLogps, chunk_sizes
+from support.kv_cache import PrefixCache, SlotCache
+from support.lora import add_adapters, initial_adapter, merged_weight, plain_name
 
 
-OPEN, CLOSE = "<think>", "</think>"
-
-
-# ------------------------------------------------------------------------------------------------ loading, saving
+# -------------------------------------------------------------------------------------- loading
 
 def pick_device(name="auto"):
-    """`auto` is the first CUDA GPU where there is one, else the CPU (Apple's `mps` only by name: it is untested here).
+    """The device of that name; `auto` is the first CUDA GPU if there is one, else the CPU.
 
     >>> pick_device("cpu")
     device(type='cpu')
     """
-    if name == "auto":
+    if name == "auto":  # never Apple's `mps`, which is untested here
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
@@ -42,345 +57,341 @@ def pick_dtype(name, device):
 
 
 def round_trips(tokenizer):
-    """Whether text survives encoding and decoding. Releases of transformers 5 lose the spaces of R1-Distill-Llama."""
-    texts = ("hello world", " Wait,  two  spaces\n\n\tand a tab \n", "naïve façade: «où?»", "漢字かな。 한국어")
-    return all(decode(tokenizer, tokenizer.encode(t, add_special_tokens=False)) == t for t in texts)
+    """Whether text survives encoding and decoding."""
+    spaces = " Wait,  two  spaces\n\n\tand a tab \n"
+    for text in ("hello world", spaces, "naïve façade: «où?»", "漢字かな。 한국어"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if decode(tokenizer, ids) != text:
+            return False
+    return True
 
 
 def load_tokenizer(path):
-    """Load the model's own fast tokenizer, or the plain form of its tokenizer.json where its class spoils text.
+    """Load the model's own fast tokenizer; where its class spoils text, its tokenizer.json alone.
 
-    Raises SystemExit when there is none, when neither keeps text as it is, or when there is no chat template.
+    Raises InputError when there is none, when neither keeps text as it is, or when there is no
+    chat template.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
-        raise SystemExit(f"{path}: needs a fast tokenizer (tokenizer.json).")
+        raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json).")
+    # Some releases of transformers 5 lose the spaces of R1-Distill-Llama: their class for it puts
+    # another pre-tokenizer in the place of the one that tokenizer.json names.
     if not round_trips(tokenizer):
-        print(f"{path}: {type(tokenizer).__name__} does not give text back as it was; using PreTrainedTokenizerFast")
+        print(f"{path}: {type(tokenizer).__name__} does not give text back as it was; "
+              "using PreTrainedTokenizerFast")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         if not round_trips(tokenizer):
-            raise SystemExit(f"{path}: its tokenizer loses spaces or characters (decode(encode(text)) != text), so no "
-                             "trace could be continued exactly. Try another version of transformers.")
+            raise InputError(f"{path}: its tokenizer loses spaces or characters "
+                             "(decode(encode(text)) != text), so no trace could be continued "
+                             "exactly. Try another version of transformers.")
     if not tokenizer.chat_template:
-        raise SystemExit(f"{path}: the tokenizer has no chat template, so prompts can't be rendered. "
-                         "Add a chat_template.jinja to the model directory.")
+        raise InputError(f"{path}: the tokenizer has no chat template, so prompts can't be "
+                         "rendered. Add a chat_template.jinja to the model directory.")
     return tokenizer
 
 
 def load_model(path, device, dtype=torch.float32, attn="sdpa"):
-    """Load a causal language model from a directory or the hub, weights from safetensors only, in eval mode."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()  # a bar for every shard drowns the stage's own
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, attn_implementation=attn)
+    """Load a causal language model from a directory or the hub, in eval mode, for inference."""
+    disable_progress_bar()  # a bar for every shard drowns the stage's own
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        attn_implementation=attn,
+    )
     return model.to(device).eval()
 
 
 def stored_dtype(path):
-    """The dtype in which a checkpoint's weights are stored; trained weights are saved in the same."""
-    from transformers import AutoConfig
+    """The dtype of a checkpoint's stored weights; trained weights are saved in the same."""
     return AutoConfig.from_pretrained(path).dtype or torch.float32
 
 
 def eos_ids(path, tokenizer):
-    """The set of token ids that end a generation: the generation config's, else the tokenizer's."""
-    from transformers import GenerationConfig
-    try:
+    """The set of token ids that end a generation.
+
+    They are the generation config's, or the tokenizer's where that names none.
+    """
+    ids = None
+    with contextlib.suppress(OSError):  # some models ship no generation config
         ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # some models ship none
-        ids = None
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return set(ids if isinstance(ids, (list, tuple)) else [ids])
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if isinstance(ids, (list, tuple)):  # Llama 3 has several
+        return set(ids)
+    return {ids}
 
 
 def context_length(path):
     """How many tokens a model can attend to, prompt and completion together."""
-    from transformers import AutoConfig
     return AutoConfig.from_pretrained(path).max_position_embeddings
 
 
-# ------------------------------------------------------------------------------------------ prompts and think tags
+# --------------------------------------------------- loading for training, a part on each rank
 
-def render_prompt(tokenizer, prompt):
-    """Token ids of one user turn up to the place where the model starts to write, by the model's own chat template.
+def empty_model(path, attn="sdpa", lora_rank=0, frozen_dtype=torch.float32):
+    """The model that `path` describes, to be trained, on the meta device: shapes without memory.
 
-    No system prompt. R1-Distill templates end with `<think>\\n`, so the model's output begins inside the reasoning;
-    Qwen3's end before it, and the model opens the tag itself.
+    With `lora_rank` only adapters want gradients, and everything else is of `frozen_dtype`.
     """
-    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
-                                              tokenize=True, return_dict=False))
+    config = AutoConfig.from_pretrained(path)
+    config.attention_dropout = 0.0  # CHOICE: the reference pass and the training pass must agree
+    # What is trained is float32: at these learning rates bfloat16 cannot resolve an update.
+    dtype = frozen_dtype if lora_rank else torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+    with contextlib.suppress(OSError):  # some models ship no generation config
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    if lora_rank:
+        add_adapters(model, lora_rank)
+    return model
 
 
-class Trace(NamedTuple):
-    """A generation taken apart; the first four joined give its text back exactly. `response` is "" if truncated."""
-    opening: str    # "<think>\n" where the model wrote it, else ""
-    reasoning: str  # z of the paper
-    closing: str    # "</think>" and the white space after it
-    response: str   # y of the paper
-    truncated: bool  # no </think>: the reasoning never ended, so there is no response to judge
+@torch.no_grad()
+def read_weights(model, path, device, rank, world):
+    """Give an `empty_model`, sharded or not, memory and the weights of the safetensors files.
 
-
-def split_reasoning(text):
-    """Split a generation once, at the first `</think>`.
-
-    >>> split_reasoning("<think>\\nIs it safe? Yes.\\n</think>\\n\\nDone.")
-    Trace(opening='<think>\\n', reasoning='Is it safe? Yes.\\n', closing='</think>\\n\\n', response='Done.', truncated=False)
-    >>> split_reasoning("It goes on and")
-    Trace(opening='', reasoning='It goes on and', closing='', response='', truncated=True)
+    Each rank reads its own rows only. Adapters start afresh. Raises InputError when the files and
+    the architecture do not name the same weights.
     """
-    body = text.lstrip()
-    opening = ""
-    if body.startswith(OPEN):
-        body = body[len(OPEN):].lstrip("\n")
-        opening, body = text[:len(text) - len(body)], body
-    else:
-        body = text
-    reasoning, tag, rest = body.partition(CLOSE)
-    response = rest.lstrip()
-    return Trace(opening, reasoning, tag + rest[:len(rest) - len(response)], response, not tag)
+    model.to_empty(device=device)
+    model.tie_weights()  # to_empty has parted tied weights
+    decoder = model.get_decoder()
+    # The rotary embedding's buffers are in no checkpoint, so it is made anew.
+    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)
+
+    missing = {plain_name(name): p for name, p in model.named_parameters()}
+    known = {plain_name(name) for name in model.state_dict()}  # tied weights under both names
+    for file in weight_files(path):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():
+                if name in missing:
+                    local, rows = local_rows(missing.pop(name), rank, world)
+                    if len(local):  # a small weight leaves the last ranks without rows
+                        local.copy_(weights.get_slice(name)[rows])
+                elif name not in known and not name.endswith("rotary_emb.inv_freq"):
+                    raise InputError(f"{file}: {name} has no place in a {type(model).__name__}.")
+
+    # Every rank draws the whole adapter and keeps its rows: any number of ranks starts alike.
+    adapters = [name for name in missing if "lora_" in name]
+    for seed, name in enumerate(adapters):
+        parameter = missing.pop(name)
+        local, rows = local_rows(parameter, rank, world)
+        local.copy_(initial_adapter(name, parameter.shape, seed)[rows])
+    if missing:
+        names = ", ".join(sorted(missing)[:5])  # a wrong file lacks hundreds
+        raise InputError(f"{path}: the safetensors files lack {names}.")
 
 
-def decode(tokenizer, ids, eos=()):
-    """Text of generated ids, without the end-of-sequence token and with nothing else cleaned up or skipped."""
-    ids = ids[:-1] if ids and ids[-1] in eos else ids
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def weight_files(path):
+    """The safetensors files of a model: a directory, or a name on the hub, fetched first."""
+    folder = Path(path)
+    if not folder.is_dir():
+        wanted = ["*.json", "model*.safetensors"]
+        folder = Path(snapshot_download(path, allow_patterns=wanted))
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():  # the model fits into one file
+        return [folder / "model.safetensors"]
+    names = json.loads(index.read_text())["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
 
 
-def token_index(tokenizer, ids, char):
-    """How many of `ids` lie wholly before character `char` of their decoded text.
-
-    This maps a sentence to its token without encoding anything again: sampled ids need not be the canonical
-    tokenisation of their text. Where a token straddles `char` it is not counted, so `decode(ids[:i])` is always
-    a prefix of the text and at most `char` long.
-    """
-    text = decode(tokenizer, ids)
-    low, high = 0, len(ids)
-    while low < high:  # the decoded length grows with the ids, but for a few broken characters, put right below
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(decode(tokenizer, ids[:middle])) <= char else (low, middle - 1)
-    for i in range(min(low + 4, len(ids)), -1, -1):
-        head = decode(tokenizer, ids[:i])
-        if len(head) <= char and text.startswith(head):
-            return i
-    return 0
+def local_rows(p, rank, world):
+    """A parameter's local tensor, and the rows that it holds; FSDP cuts as `torch.chunk` does."""
+    n = math.ceil(len(p) / world)  # the last ranks may hold fewer rows, or none
+    start = min(rank * n, len(p))
+    end = min((rank + 1) * n, len(p))
+    local = p.to_local() if isinstance(p, DTensor) else p
+    return local, slice(start, end)
 
 
-# ------------------------------------------------------------------------------------------------------- sampling
-
-class Request(NamedTuple):
-    """One generation to make. `id` names it and seeds its own random generator."""
-    id: str
-    prefix: list  # token ids: prompt, or prompt + z[:h] + trigger
-
-
-class Completion(NamedTuple):
-    """What the model wrote after a prefix. `ids` end with EOS unless `finished` is "length"."""
-    id: str
-    ids: list
-    finished: str  # "stop" or "length"
-
-
-class SlotCache:
-    """Keys and values of the active rows, one slot a row, left-aligned, so that rows of any length share a batch.
-
-    transformers calls `update` from every attention layer with one new token a row: it is written at the row's own
-    length, and the slots up to the longest row are handed to attention (a mask hides what lies beyond each row).
-    """
-
-    def __init__(self, rows):
-        self.rows, self.keys, self.values = rows, {}, {}
-        self.lengths = torch.zeros(rows, dtype=torch.long)  # tokens held by each slot, on the CPU
-
-    def put(self, slot, layers, length):
-        """Copy the `length` positions of a prefilled cache of one row into a slot."""
-        self.lengths[slot] = length
-        for i, layer in enumerate(layers):
-            for store, new in ((self.keys, layer.keys), (self.values, layer.values)):
-                self._reserve(store, i, new, length)
-                store[i][slot, :, :length] = new[0]
-
-    def _reserve(self, store, i, like, length):
-        held = store[i].shape[2] if i in store else 0
-        if held < length:
-            grown = like.new_zeros(self.rows, like.shape[1], max(length + 64, held * 3 // 2), like.shape[3])
-            if held:
-                grown[:, :, :held] = store[i]
-            store[i] = grown
-
-    def move(self, source, target):
-        """Copy one slot over another: how the last active row takes a finished row's place."""
-        self.lengths[target] = self.lengths[source]
-        for store in (self.keys, self.values):
-            for tensor in store.values():
-                tensor[target] = tensor[source]
-
-    def begin_step(self, active):
-        """Make room for one more token in the first `active` slots."""
-        self.active, self.span = active, int(self.lengths[:active].max()) + 1
-        device = next(iter(self.keys.values())).device
-        self.rows_index = torch.arange(active, device=device)
-        self.positions = self.lengths[:active].to(device)
-        self.mask = (torch.arange(self.span, device=device) <= self.positions[:, None])[:, None, None]  # (B,1,1,span)
-        for store in (self.keys, self.values):
-            for i in store:
-                self._reserve(store, i, store[i], self.span)
-
-    def update(self, keys, values, layer, *_, **__):
-        """(active, heads, 1, d) of the new token -> (active, heads, span, d) of all tokens so far."""
-        out = []
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store[self.rows_index, :, self.positions] = new[:, :, 0]
-            out.append(store[:self.active, :, :self.span])
-        return tuple(out)
-
-    def end_step(self):
-        self.lengths[:self.active] += 1
-
+# ------------------------------------------------------------------------------------- sampling
 
 def next_token(logits, temperature, top_p, uniform):
-    """Choose one token a row by inverting the cumulative distribution at the row's own uniform number.
+    """Choose one token a row by inverting its cumulative distribution at its uniform number.
 
-    logits (B, V); uniform float (B,) in [0, 1); returns long (B,). Temperature 0 is the arg max. Top-p keeps the
-    most probable tokens up to and including the one that reaches `top_p`.
+    logits (B, V); uniform float (B,) in [0, 1); returns long (B,). Temperature 0 is the arg max.
+    Top-p keeps the most probable tokens up to and including the one that reaches `top_p`.
 
-    >>> logits = torch.tensor([[0.0, 1.0, 2.0]]).log_softmax(-1)
-    >>> [next_token(logits, 1.0, 0.9, torch.tensor([u])).item() for u in (0.1, 0.7, 0.99)]  # p = .09 .24 .67
+    >>> logits = torch.tensor([[0.0, 1.0, 2.0]]).log_softmax(-1)  # p = .09 .24 .67
+    >>> [next_token(logits, 1.0, 0.9, torch.tensor([u])).item() for u in (0.1, 0.7, 0.99)]
     [2, 2, 1]
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    for k in (64, logits.shape[-1]):  # the nucleus is nearly always among the first few: sort the rest only if not
-        p, order = probabilities.topk(min(k, logits.shape[-1]))
+    probabilities = (logits.float() / temperature).softmax(-1)  # (B, V)
+    vocabulary = logits.shape[-1]
+    # The nucleus is nearly always among the first few, so the rest is sorted only if it is not.
+    for k in (min(64, vocabulary), vocabulary):
+        p, order = probabilities.topk(k)  # (B, k) each, the most probable first
         if (p.sum(-1) >= top_p).all():
             break
     p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)
-    cdf = p.cumsum(-1)
-    chosen = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # the first token whose cdf exceeds u * total
-    chosen = torch.minimum(chosen, (p > 0).sum(-1) - 1)  # rounding must not reach past the last kept token
+    cdf = p.cumsum(-1)  # ends at the nucleus's total, not at 1
+    chosen = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)  # the first with cdf > u * total
+    last_kept = (p > 0).sum(-1) - 1
+    chosen = torch.minimum(chosen, last_kept)  # rounding must not reach past it
     return order.gather(-1, chosen[:, None])[:, 0]
 
 
-def request_uniforms(seed, id, n):
-    """The n uniform numbers of one request. They depend on the seed and the request's id alone, so neither a
-    restart nor another order of the requests changes what is drawn."""
-    digest = hashlib.sha256(f"{seed} {id}".encode()).digest()
-    return torch.rand(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+def request_uniforms(seed, request_id, n):
+    """The n uniform numbers of one request, float32 (n,).
 
-
-@dataclass
-class _Row:
-    request: Request
-    uniforms: list
-    ids: list = field(default_factory=list)
+    They depend on the seed and the request's id alone, so neither a restart nor another order of
+    the requests changes what is drawn.
+    """
+    digest = hashlib.sha256(f"{seed} {request_id}".encode()).digest()
+    number = int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+    generator = torch.Generator().manual_seed(number)
+    return torch.rand(n, generator=generator)
 
 
 @torch.no_grad()
-def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95, seed=0, batch_size=16, done=(),
-           title="sampling"):
+def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95, seed=0,
+           batch_size=16, done=(), title="sampling"):
     """Sample one completion for each request and yield it as soon as it is finished.
 
-    Batched decoding with a KV cache: finished rows leave at once and waiting ones take their slots. Requests are
-    sorted by prefix, and each prefix is computed from where it parts from the one before: once for all continuations
-    of it, and but for a few tokens for other triggers or later sentences of one rollout. Requests are handled in waves
-    of `4 * batch_size`; a wave whose ids are all in `done` is skipped, and any other is sampled whole, so that a
-    restarted run has the same batches, hence the same rounding, and gives bit for bit what an undisturbed run gives.
+    Decoding is batched with a KV cache: finished rows leave at once and waiting requests take
+    their slots. Requests are sorted by prefix, and each prefix is computed only from where it
+    parts from the one before.
 
-    requests: list of Request. eos: set of ids that end a row. A row also ends after `max_new_tokens`, or where the
-    model's context is full. Raises ValueError for a prefix that leaves no room in the context: callers drop those.
+    Requests are handled in waves of `4 * batch_size`. A wave whose ids are all in `done` is
+    skipped, and any other is sampled again from its start. So a restarted run has the same
+    batches, hence the same rounding, and gives bit for bit what an undisturbed run gives.
+
+    requests: list of Request. eos: set of ids that end a row. A row also ends after
+    `max_new_tokens`, or where the model's context is full. Raises ValueError for a prefix that
+    leaves no room in the context: callers drop those.
     """
     if model.config._attn_implementation != "sdpa":
-        raise ValueError("the sampler needs attn_implementation='sdpa': other kernels misread its per-row mask")
+        raise ValueError("the sampler needs attn_implementation='sdpa': "
+                         "other kernels misread its per-row mask")
     context = model.config.max_position_embeddings
     for r in requests:
         if len(r.prefix) >= context:
-            raise ValueError(f"request {r.id}: prefix of {len(r.prefix)} tokens fills the context of {context}. "
-                             "Drop it and count it.")
+            raise ValueError(f"request {r.id}: prefix of {len(r.prefix)} tokens fills the context "
+                             f"of {context}. Drop it and count it.")
+    # Neighbours then share most of their prefixes: all of it for the continuations of one prefix,
+    # all but a few tokens for several triggers or later sentences of one rollout.
     requests = sorted(requests, key=lambda r: (r.prefix, r.id))
-    tokens, start = 0, time.monotonic()
+    written = 0
+    started = time.monotonic()
     with tqdm(total=len(requests), desc=title, unit="req", disable=None) as bar:
         for i in range(0, len(requests), 4 * batch_size):
             wave = requests[i:i + 4 * batch_size]
             if all(r.id in done for r in wave):
                 bar.update(len(wave))
                 continue
-            for completion in _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
-                tokens += len(completion.ids)
+            completions = _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed,
+                                       batch_size)
+            for completion in completions:
+                written += len(completion.ids)
+                speed = written / (time.monotonic() - started)
                 bar.update()
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 yield completion
 
 
+@dataclass
+class _Row:
+    """A request that is being sampled, and a uniform number for each token that it may get."""
+    request: Request
+    uniforms: list
+    ids: list = field(default_factory=list)
+
+    def finished(self, eos, max_new_tokens, context):
+        """How the row has ended, "stop" or "length"; None if it goes on."""
+        if self.ids[-1] in eos:
+            return "stop"
+        length = len(self.request.prefix) + len(self.ids)
+        if len(self.ids) == max_new_tokens or length >= context:
+            return "length"
+        return None
+
+
+def _append_tokens(rows, logits, temperature, top_p):
+    """Choose each row's next token from its logits (rows, V)."""
+    uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=logits.device)
+    tokens = next_token(logits, temperature, top_p, uniforms).tolist()
+    for row, token in zip(rows, tokens):
+        row.ids.append(token)
+
+
 def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    limit = model.config.max_position_embeddings
-    waiting, rows, prefill = deque(wave), [], Prefill(decoder)
-    cache = SlotCache(min(batch_size, len(wave)))
-
-    def extend(group, hidden):  # hidden (len(group), H) of the last token: choose the next one
-        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in group], device=hidden.device)
-        for row, token in zip(group, next_token(head(hidden), temperature, top_p, uniforms).tolist()):
-            row.ids.append(token)
-
+    """Yield the completions of some requests, at most `batch_size` of them active at a time."""
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    context = model.config.max_position_embeddings
+    prefixes = PrefixCache(decoder)
+    slots = SlotCache(min(batch_size, len(wave)))
+    waiting = deque(wave)
+    rows = []  # the active ones: rows[i] has slot i, without gaps
     while waiting or rows:
-        fresh = [_Row(r, request_uniforms(seed, r.id, max_new_tokens).tolist())
-                 for r in (waiting.popleft() for _ in range(min(len(waiting), cache.rows - len(rows))))]
-        if fresh:
-            hidden = torch.stack([prefill(row.request.prefix, cache, len(rows) + k) for k, row in enumerate(fresh)])
-            extend(fresh, hidden)
-            rows += fresh
+        # Waiting requests take the free slots. Their prefixes are computed one by one, and the
+        # hidden states (H,) of the last tokens give all of them their first new token.
+        active = len(rows)
+        hidden = []
+        while waiting and len(rows) < slots.rows:
+            request = waiting.popleft()
+            hidden.append(prefixes.fill(slots, len(rows), request.prefix))
+            uniforms = request_uniforms(seed, request.id, max_new_tokens).tolist()
+            rows.append(_Row(request, uniforms))
+        if hidden:
+            _append_tokens(rows[active:], head(torch.stack(hidden)), temperature, top_p)
+
+        # Finished rows leave. The last active row takes the slot of each, to leave no gap.
         slot = 0
         while slot < len(rows):
             row = rows[slot]
-            stopped = row.ids[-1] in eos
-            if stopped or len(row.ids) == max_new_tokens or len(row.request.prefix) + len(row.ids) >= limit:
-                yield Completion(row.request.id, row.ids, "stop" if stopped else "length")
-                cache.move(len(rows) - 1, slot)
-                rows[slot] = rows[-1]
-                rows.pop()
-            else:
+            finished = row.finished(eos, max_new_tokens, context)
+            if finished is None:
                 slot += 1
-        if rows and not (waiting and len(rows) < cache.rows):
-            cache.begin_step(len(rows))
-            hidden = decoder(input_ids=torch.tensor([[row.ids[-1]] for row in rows], device=model.device),
-                             position_ids=cache.positions[:, None], attention_mask=cache.mask,
-                             past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-            cache.end_step()
-            extend(rows, hidden)
+                continue  # otherwise the row moved here is next
+            yield Completion(row.request.id, row.ids, finished)
+            slots.move(len(rows) - 1, slot)
+            rows[slot] = rows[-1]
+            rows.pop()
+        if not rows or waiting and len(rows) < slots.rows:
+            continue  # fill the free slots first
 
-
-class Prefill:
-    """Computes prefixes one by one, each from where it parts from the one before, whose keys and values are kept."""
-
-    def __init__(self, decoder):
-        from transformers import DynamicCache
-        self.decoder, self.prefix, self.kept, self.hidden = decoder, [], DynamicCache(), None
-
-    def __call__(self, prefix, cache, slot):
-        """Fill a slot of the cache; returns the hidden state (H,) of the prefix's last token."""
-        if prefix != self.prefix:
-            shared = next((i for i, (a, b) in enumerate(zip(self.prefix, prefix)) if a != b), min(len(self.prefix), len(prefix)))
-            shared = min(shared, len(prefix) - 1)  # the last token is always computed: it chooses the next one
-            if shared < len(self.prefix):
-                self.kept.crop(shared - len(self.prefix))
-            rest = torch.tensor([prefix[shared:]], device=self.decoder.device)
-            self.hidden = self.decoder(input_ids=rest, past_key_values=self.kept, use_cache=True).last_hidden_state[0, -1]
-            self.prefix = prefix
-        cache.put(slot, self.kept.layers, len(prefix))
-        return self.hidden
+        # Every active row goes through the model with its last token, and gets the next.
+        slots.start_step(len(rows))
+        output = decoder(
+            input_ids=torch.tensor([[row.ids[-1]] for row in rows], device=model.device),  # (B, 1)
+            position_ids=slots.positions[:, None],  # (B, 1)
+            attention_mask=slots.mask,
+            past_key_values=slots,
+            use_cache=True,
+        )
+        slots.finish_step()
+        _append_tokens(rows, head(output.last_hidden_state[:, -1]), temperature, top_p)
 
 
 class LocalSampler:
-    """Samples from a model in this process; it is loaded when the first request is really sampled."""
+    """Samples from a model in this process.
 
-    def __init__(self, path, *, temperature, top_p, max_new_tokens, seed, batch_size=16, device="auto", dtype="auto"):
-        self.path, self.device, self.dtype, self.model = path, device, dtype, None
+    The model is loaded when the first request is sampled, so a stage that finds everything done
+    needs no memory. The arguments are those of `sample`, `pick_device` and `pick_dtype`.
+    """
+
+    def __init__(self, path, *, temperature, top_p, max_new_tokens, seed, batch_size=16,
+                 device="auto", dtype="auto"):
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.model = None
         self.tokenizer = load_tokenizer(path)
+        self.eos = eos_ids(path, self.tokenizer)
+        self.context = context_length(path)
         self.max_new_tokens = max_new_tokens
-        self.options = dict(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
-                            batch_size=batch_size)
-        self.eos, self.context = eos_ids(path, self.tokenizer), context_length(path)
+        self.options = dict(
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=batch_size,
+        )
 
     def load(self):
         """The model, loaded at the first call."""
@@ -390,137 +401,149 @@ class LocalSampler:
         return self.model
 
     def __call__(self, requests, done=(), title="sampling"):
-        """Yield a Completion for each request that is not in `done`, and perhaps for some that are (see `sample`)."""
+        """Yield a Completion for each request that is not in `done`.
+
+        Perhaps also for some that are: `sample` makes unfinished waves again.
+        """
         if all(r.id in done for r in requests):
             return
-        yield from sample(self.load(), requests, eos=self.eos, done=done, title=title, **self.options)
+        model = self.load()
+        yield from sample(model, requests, eos=self.eos, done=done, title=title, **self.options)
 
 
-def add_sampler_flags(p):
-    """Flags of whatever samples (`argparse`)."""
-    p.add_argument("--model", required=True, help="model: directory or hub name")
-    p.add_argument("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has the "
-                   "model; its key, if any, is in SERVER_API_KEY")
-    p.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 takes the most probable token")
-    p.add_argument("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
-    p.add_argument("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
-    p.add_argument("--batch-size", type=int, default=16, help="rows sampled together; requests in flight at a server")
-    p.add_argument("--seed", type=int, default=0, help="seed of every request's own generator")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the model")
-
-
-# ----------------------------------------------------------------------------------------------- log-probabilities
+# ---------------------------------------------------------------------------- log-probabilities
 
 def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=0):
-    """Log-probability of each row's completion given what stands before it (the terms of Eq. 4), the plain way.
+    """Log-probability of each completion given what stands before it (the terms of Eq. 4).
 
-    input_ids, attention_mask, completion_mask: (B, T), right-padded; completion_mask is 1 on the tokens to score.
-    Returns float32 (B,), nats, summed over those tokens. `tree_logps` computes the same with each prefix once.
+    input_ids, attention_mask, completion_mask: (B, T), right-padded; completion_mask is 1 on the
+    tokens to score. Returns float32 (B,), nats, summed over those tokens.
+
+    This is the plain way, a row for each sequence; `tree_logps` computes the same with each
+    prefix once. The hidden state at t predicts the token at t + 1, so states and tokens are
+    shifted by one:
+
+        tokens    The   user  asks  No    .     <eos>
+        scored                      1     1     1         completion_mask
+        hidden                1     1     1               the states that predict them
     """
-    hidden = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    scored = completion_mask[:, 1:].bool()         # the token at t is predicted from position t - 1
-    rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(scored)[scored]  # (N,)
-    return _sum_logps(model, hidden[:, :-1][scored], input_ids[:, 1:][scored], rows, len(input_ids), chunk)
+    decoder = model.get_decoder()  # without the head: logits are made for scored tokens only
+    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden = output.last_hidden_state[:, :-1]  # (B, T - 1, H): no token follows the last state
+    tokens = input_ids[:, 1:]                  # (B, T - 1): no state precedes the first token
+    scored = completion_mask[:, 1:].bool()     # (B, T - 1)
+    logps = token_logps(model, hidden[scored], tokens[scored], chunk)  # (N,), row by row
+    rows = scored.nonzero()[:, 0]                                      # (N,): each token's row
+    return logps.new_zeros(len(input_ids)).index_add(0, rows, logps)
 
 
 def tree_logps(model, input_ids, position_ids, tree, scored, targets, branch, branch_of, chunk=0):
-    """Log-probability of each completion given its prefix (the terms of Eq. 4), each prefix computed once.
+    """Log-probability of each completion given its prefix (the terms of Eq. 4), each prefix once.
 
-    The arguments are a row made by `data.pack`, as tensors: input_ids and position_ids (1, T), the rest (N,) but for
-    branch_of (B,). Returns float32 (B,), nats, summed over each completion's tokens. See `grow_trees`.
+    The arguments are a row made by `support.trees.pack`, as tensors: input_ids and position_ids
+    (1, T), the rest (N,) but for branch_of (B,); tree stays a list. Returns float32 (B,), nats,
+    summed over each completion's tokens. The model's attention must be
+    `support.trees.use_tree_attention`'s.
     """
-    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, tree=tree, use_cache=False)
-    branches = sum(len(t) - 1 for t in tree)
-    return _sum_logps(model, hidden.last_hidden_state[0, scored], targets, branch, branches, chunk)[branch_of]
+    decoder = model.get_decoder()
+    output = decoder(input_ids=input_ids, position_ids=position_ids, tree=tree, use_cache=False)
+    hidden = output.last_hidden_state[0, scored]        # (N, H)
+    logps = token_logps(model, hidden, targets, chunk)  # (N,)
+    branches = sum(len(lengths) - 1 for lengths in tree)  # the first length is the trunk's
+    totals = logps.new_zeros(branches).index_add(0, branch, logps)
+    return totals[branch_of]  # equal sequences share a branch
 
 
-def grow_trees(model):
-    """Give a model the attention that `tree_logps` needs. Only torch's fused kernels are used, so no T x T mask."""
-    from transformers import AttentionInterface
-    AttentionInterface.register("tree", tree_attention)
-    model.set_attn_implementation("tree")
+def token_logps(model, hidden, targets, chunk=0):
+    """Log-probabilities of targets (N,) from the hidden states (N, H) that predict them.
 
-
-def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **options):
-    """Attention within packed trees: a trunk is causal, a branch sees its trunk and, causally, itself.
-
-    query (B, heads, T, d), key and value (B, kv heads, T, d); tree as `data.pack` makes it, None for rows without one.
-    Returns (B, T, heads, d) and no weights, as transformers expects. Raises ValueError for a model with sliding
-    windows or capped scores.
+    Returns float32 (N,), nats. It equals `-F.cross_entropy(head(hidden).float(), targets,
+    reduction="none")`, with `head` the model's output layer, but the (N, V) logits never exist at
+    once: a vocabulary of 128,000 would need gigabytes.
     """
-    if options.get("sliding_window") or options.get("softcap"):
-        raise ValueError("tree attention has no sliding window and no softcap; train this model with --no-share")
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    tree, out = tree or [[query.shape[2]]], []
-    pieces = zip(*(x.split([n for t in tree for n in t], dim=2) for x in (query, key, value)))
-    for t in tree:
-        q, trunk_k, trunk_v = next(pieces)
-        out.append(attend(q, trunk_k, trunk_v, is_causal=True) if t[0] else q)
-        for length in t[1:]:
-            q, k, v = next(pieces)
-            out.append(attend(q, torch.cat([trunk_k, k], 2), torch.cat([trunk_v, v], 2),
-                              attn_mask=causal_lower_right(length, t[0] + length)))
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+    weight = model.get_output_embeddings().weight  # (V, H)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):  # it does not reach TokenLogps' backward
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden = hidden.to(dtype)
+        weight = weight.to(dtype)
+    largest, keep = chunk_sizes(device_type, len(weight))
+    return TokenLogps.apply(hidden, weight, targets, chunk or largest, keep)
 
 
-def head_logps(model, hidden, targets, chunk=0):
-    """Log-probabilities of targets (N,) from the hidden states (N, H) that predict them: float32 (N,), nats."""
-    weight, kind = model.get_output_embeddings().weight, hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
-    most, keep = head_chunk(kind, len(weight))
-    return TokenLogps.apply(hidden, weight, targets, chunk or most, keep)
+# --------------------------------------------------------------------------------------- saving
 
+def save_model(model, tokenizer, folder, rank, dtype, limit=5 * 10 ** 9):
+    """Write a Hugging Face directory: safetensors, config, tokenizer, generation config.
 
-def _sum_logps(model, hidden, targets, rows, n, chunk):
-    """`head_logps`, summed by row: float32 (n,)."""
-    logps = head_logps(model, hidden, targets, chunk)
-    return torch.zeros(n, dtype=torch.float32, device=hidden.device).index_add(0, rows, logps)
-
-
-def head_chunk(kind, vocabulary):
-    """Tokens whose logits exist at once on a kind of device, and how many of all numbers may wait for backward."""
-    if kind == "cpu":
-        return max(1, 2 ** 24 // vocabulary), 2 ** 26  # 64 MiB: pieces over 32 MiB glibc gives back at once
-    return max(1, 2 ** 27 // vocabulary), 0
-
-
-class TokenLogps(torch.autograd.Function):
-    """Log-probabilities of tokens under `softmax(hidden @ weight.T)`, whose logits exist for `chunk` tokens at a time.
-
-    hidden (N, H), weight (V, H), targets (N,) -> float32 (N,), nats. Forward keeps log Z of each token; backward
-    computes a chunk's logits again, makes them d/dlogits = onehot - softmax in place, and sums the weight's gradient
-    in float32. Memory does not grow with N times V: of all logits at most the first `keep` numbers wait for backward.
+    Adapters are merged. Weights are gathered one at a time and written in files of about `limit`
+    bytes, first into a temporary folder, from which the files are renamed one by one. All ranks
+    must call it: gathering communicates.
     """
+    parameters = dict(model.named_parameters())  # tied weights come once
+    sizes = {}
+    for name, p in parameters.items():
+        if "lora_" not in name:
+            sizes[name] = p.numel() * dtype.itemsize
+    files = split_into_files(sizes, limit)
 
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, keep=0):
-        """Logits minus log Z, at the targets."""
-        logps, log_z, kept = [], [], []
-        for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = (h @ weight.T).float()                                                             # (chunk, V)
-            log_z.append(logits.logsumexp(-1))
-            logps.append(logits.gather(-1, t[:, None])[:, 0] - log_z[-1])
-            if (keep := keep - logits.numel()) >= 0:
-                kept.append(logits)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_z))
-        ctx.chunk, ctx.kept = chunk, kept
-        return torch.cat(logps)
+    temporary = folder / ".model.tmp"
+    weight_map = {}  # name of a weight -> its file
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it saved
+        temporary.mkdir(parents=True)
+    for number, names in enumerate(files, 1):
+        weights = {}
+        for name in names:
+            weight = _gather(parameters, name)
+            if rank == 0:  # the others give their rows and keep nothing
+                weights[plain_name(name)] = weight.to("cpu", dtype, copy=True)
+        if rank == 0:
+            file = "model.safetensors"
+            if len(files) > 1:
+                file = f"model-{number:05}-of-{len(files):05}.safetensors"
+            save_file(weights, temporary / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(weights, file)
+    if rank != 0:
+        return
 
-    @staticmethod
-    def backward(ctx, grad):
-        """Gradients of hidden and, unless it is frozen, of weight."""
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for out, h, t, z, g in zip(*(x.split(ctx.chunk) for x in (grad_hidden, hidden, targets, log_z, grad))):
-            d = ctx.kept.pop(0) if ctx.kept else (h @ weight.T).float()
-            d.sub_(z[:, None]).exp_().mul_(-g[:, None])
-            d.scatter_add_(1, t[:, None], g[:, None])
-            d = d.to(weight.dtype)
-            out.copy_(d @ weight)
-            if grad_weight is not None:
-                grad_weight.addmm_(d.T, h) if d.dtype == torch.float32 else grad_weight.add_(d.T @ h)
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+    model.config.dtype = dtype
+    for part in (model.config, model.generation_config, tokenizer):
+        part.save_pretrained(temporary)
+    if len(files) > 1:  # whoever loads the model finds its files by this index
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(temporary / "model.safetensors.index.json", index)
+    for path in temporary.iterdir():
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
+
+
+def _gather(parameters, name):
+    """One weight from all ranks, with its adapter merged into it."""
+    def full(p):
+        return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+
+    weight = full(parameters[name])
+    stem = name.removesuffix("base.weight")  # the layer that has the adapter, if any
+    if stem + "lora_a" not in parameters:
+        return weight
+    a = full(parameters[stem + "lora_a"])
+    b = full(parameters[stem + "lora_b"])
+    return merged_weight(weight, a, b)
+
+
+def split_into_files(sizes, limit):
+    """Which weights go to which file: names in lists, each of about `limit` bytes at most.
+
+    >>> split_into_files({"a": 5, "b": 3, "c": 3}, limit=6)
+    [['a'], ['b', 'c']]
+    """
+    files = []
+    room = 0  # bytes left in the last file
+    for name, size in sizes.items():
+        if size > room:
+            files.append([])
+            room = limit
+        files[-1].append(name)
+        room -= size
+    return files

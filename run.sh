@@ -1,137 +1,221 @@
 #!/usr/bin/env bash
-# Intervened Preference Optimization, end to end:
-#
-#   bash run.sh                 everything on the embedded model, a few minutes on two CPU cores
-#   bash run.sh test            the tests
-#   bash run.sh figures         after it: continuation safety ratio, mined triggers, every figure of the paper, in the report
-#   bash run.sh baselines       SFT, DPO and GRPO beside IPO, about an hour (QUICK=1: 10 minutes; METHODS, LRS, SEEDS)
-#
-# A second run skips the stages that are finished. Full size, same code path (see README.md):
-#
-#   MODEL=deepseek-ai/DeepSeek-R1-Distill-Llama-8B PROMPTS=STAR-1.json BENIGN=benign.json EVAL="jbb=harmful:jbb.csv" \
-#   JUDGE=https://api.openai.com/v1 JUDGE_MODEL=gpt-4o NPROC=8 RUN=runs/ds8b bash run.sh
+# Intervened Preference Optimization, end to end. `bash run.sh --help` explains commands and variables.
 set -euo pipefail
 cd "$(dirname "$0")"
-if [[ " test figures baselines " != *" ${1:-test} "* ]]; then
-    echo "usage: [VARIABLE=value ...] bash run.sh [test|figures|baselines]   (variables: see the top of this file)" >&2; exit 2
-fi
 
-MODEL=${MODEL:-toy/model}                               # directory or hub name
-PROMPTS=${PROMPTS:-toy/prompts/train_harmful.jsonl}     # harmful prompts to learn from
-BENIGN=${BENIGN:-toy/prompts/train_benign.jsonl}        # benign prompts for the over-refusal stage
-SETS=${SETS:-}                                          # published sets to evaluate on, by name: jbb,strongreject,xstest,math500
-EVAL=${EVAL-direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/prompts/eval_jailbreak.jsonl
-    benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl}
-if [ -n "$SETS" ] && [[ "$EVAL" == *toy/* ]]; then EVAL=; fi
-JUDGE=${JUDGE:-rules}                                   # `rules` (toy world) or a chat endpoint, https://HOST/v1
-JUDGE_MODEL=${JUDGE_MODEL:-}                            # the endpoint's model
-JUDGE_ARGS=${JUDGE_ARGS:-}                              # more flags for it, such as --max-cost 20 --judge-price-in 2.5
-EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}                        # evaluates; better another one than the judge that built the data
+usage() {
+    cat <<'HELP'
+usage: [VARIABLE=value ...] bash run.sh [command]
+
+  (none)      the whole method on the embedded model, into runs/toy; a second run skips what is finished
+  stages      print the command of every stage, to run them one by one
+  test        the tests (further words go to pytest)
+  figures     after a run: the safety dynamics behind the method, into the same report
+  baselines   SFT, DPO and GRPO beside IPO, about an hour (QUICK=1: 10 minutes)
+
+variable            default                            what it is
+MODEL               toy/model                          model directory or hub name
+PROMPTS             toy/prompts/train_harmful.jsonl    harmful prompts to learn from
+BENIGN              toy/prompts/train_benign.jsonl     benign prompts against over-refusal
+EVAL                four sets of the toy world         sets to evaluate on, NAME=KIND:FILE ...
+                                                       (KIND: harmful, benign or task)
+SETS                                                   published sets, as in jbb,xstest,math500, which
+                                                       `python -m benchmarks.fetch` has fetched
+TRIGGERS            prompts/triggers.txt               pool of safety triggers, one a line
+SAMPLES             one for each trigger               rollouts of a harmful prompt
+INTERVENTIONS       1                                  rounds of intervention (the paper's N)
+LIMIT               0                                  use only the first of PROMPTS; 0 = all
+JUDGE               rules                              rules (toy world), local:PATH (a chat model in
+                                                       this process) or https://HOST/v1
+JUDGE_MODEL                                            the endpoint's model
+JUDGE_ARGS                                             more flags, as in --max-cost 20 --judge-price-in 2.5
+EVAL_JUDGE          JUDGE                              judge of the evaluation; its key is in
+EVAL_JUDGE_MODEL    JUDGE_MODEL                        EVAL_JUDGE_API_KEY
+EVAL_JUDGE_ARGS     JUDGE_ARGS, if the same judge
+EVAL_ARGS                                              more flags for evaluation
+SERVER                                                 sample the base model here, http://HOST:PORT/v1
+NPROC               1                                  processes (GPUs) to train on
+TOKENS              160; 8192 with your model          longest completion
+BATCH               128; 16                            rows sampled together
+LR, LR2             3e-4, 5e-5; 1e-6, 1e-6             learning rates of stages 1 and 2
+EPOCHS              1                                  passes over the pairs in each stage
+TRAIN_ARGS          --checkpoint-activations           more flags for training (toy: none)
+SEED                0
+RUN                 runs/toy                           where everything is written
+PYTHON              python3                            where it lacks a package, .venv is made and used
+CONTINUATIONS       128; 32                            figures: continuations of each prefix
+METHODS, LRS, SEEDS, GRPO_EPOCHS, QUICK                baselines: see python -m studies.baselines run --help
+BASELINES           runs/baselines                     baselines: where they are written
+
+Full size, the same code path (docs/full-size.md):
+
+  MODEL=deepseek-ai/DeepSeek-R1-Distill-Llama-8B PROMPTS=data-sets/star1.jsonl \
+  BENIGN=data-sets/star-benign-915.jsonl SETS=jbb,strongreject,xstest NPROC=8 \
+  JUDGE=https://api.openai.com/v1 JUDGE_MODEL=gpt-4o RUN=runs/ds8b bash run.sh
+HELP
+}
+
+command=${1:-all}
+case $command in
+    all|stages|test|figures|baselines) ;;
+    -h|--help|help) usage; exit ;;
+    *) usage >&2; exit 2 ;;
+esac
+
+# ------------------------------------------------------------------------------------ settings
+MODEL=${MODEL:-toy/model}
+PROMPTS=${PROMPTS:-toy/prompts/train_harmful.jsonl}
+BENIGN=${BENIGN:-toy/prompts/train_benign.jsonl}
+SETS=${SETS:-}
+toy_sets="direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/prompts/eval_jailbreak.jsonl
+    benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl"
+if [ -n "$SETS" ]; then toy_sets=; fi
+EVAL=${EVAL-$toy_sets}
+TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
+SAMPLES=${SAMPLES:-$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS")}
+INTERVENTIONS=${INTERVENTIONS:-1}
+LIMIT=${LIMIT:-0}
+JUDGE=${JUDGE:-rules}
+JUDGE_MODEL=${JUDGE_MODEL:-}
+JUDGE_ARGS=${JUDGE_ARGS:-}
+EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}
 EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
 if [ "$EVAL_JUDGE" = "$JUDGE" ]; then EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-$JUDGE_ARGS}; fi
-EVAL_ARGS=${EVAL_ARGS:-}                                # more flags for evaluation, such as --allow-code-execution
-SERVER=${SERVER:-}                                      # sample the base model from this server, http://HOST:PORT/v1
-NPROC=${NPROC:-1}                                       # processes (GPUs) to train on
-RUN=${RUN:-runs/toy}                                    # where everything is written
+EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-}
+EVAL_ARGS=${EVAL_ARGS:-}
+SERVER=${SERVER:-}
+NPROC=${NPROC:-1}
+EPOCHS=${EPOCHS:-1}
 SEED=${SEED:-0}
-LIMIT=${LIMIT:-0}                                       # use only the first of PROMPTS; 0 = all
-TRIGGERS=${TRIGGERS:-prompts/triggers.txt}               # one a line; or a pool mined by `intervene.py mine-triggers`
-SAMPLES=${SAMPLES:-$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS")}  # rollouts a harmful prompt: one for each trigger
-INTERVENTIONS=${INTERVENTIONS:-1}                       # the paper's N
-EPOCHS=${EPOCHS:-1}                                     # of each training stage
-if [ "$MODEL" = toy/model ]; then                       # a model of a million parameters learns at another rate
-    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5} TRAIN_ARGS=${TRAIN_ARGS:-}
-    CONTINUATIONS=${CONTINUATIONS:-128}                 # of each prefix in `figures`; the paper's 32 are few for a window of ratios
-else
-    if [ "$JUDGE" = rules ]; then echo "JUDGE=rules knows the toy world only; give the URL of a chat endpoint or local:PATH" >&2; exit 2; fi
-    TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}  # more flags for training
-    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
-fi
+RUN=${RUN:-runs/toy}
 PYTHON=${PYTHON:-python3}
+if [ "$MODEL" = toy/model ]; then  # a model of a million parameters learns at other rates
+    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
+    TRAIN_ARGS=${TRAIN_ARGS:-}
+    CONTINUATIONS=${CONTINUATIONS:-128}
+    separate=
+else
+    if [ "$JUDGE" = rules ]; then
+        echo "error: JUDGE=rules knows the toy world only; give the URL of a chat endpoint or local:PATH" >&2
+        exit 2
+    fi
+    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
+    TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}
+    CONTINUATIONS=${CONTINUATIONS:-32}
+    separate=--separate
+fi
 
-# ---------------------------------------------------------------- environment: the active one if it will do, else .venv
-satisfied() { "$1" - <<'EOF' 2>/dev/null
+# ---------------------------------------- environment: the active one if it will do, else .venv
+satisfied() {
+    "$1" - <<'CHECK' 2>/dev/null
 import re, sys
 from importlib.metadata import version
 from packaging.requirements import Requirement
-wanted = [Requirement(r) for r in re.findall(r'^\s+"([^"]+)",', open("pyproject.toml").read(), re.M)]
-sys.exit(not all(r.specifier.contains(version(r.name), prereleases=True) for r in wanted))
-EOF
+listed = re.findall(r'^\s+"([^"]+)",', open("pyproject.toml").read(), re.M)
+for requirement in map(Requirement, listed):
+    if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+        sys.exit(1)
+CHECK
 }
 if satisfied "$PYTHON"; then
     :
 elif [ -x .venv/bin/python ] && satisfied .venv/bin/python; then
     PYTHON=.venv/bin/python
 else
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 1; }
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "error: Python 3.10 or newer is needed" >&2
+        exit 2
+    fi
     echo "installing into .venv (once)"
     "$PYTHON" -m venv .venv
     PYTHON=.venv/bin/python
     "$PYTHON" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
 fi
 export TOKENIZERS_PARALLELISM=false
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}      # threads that spin while they wait are many times slower on a busy machine
+# Threads that spin while they wait are many times slower on a busy machine.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
-if [ "${1:-}" = test ]; then
-    exec "$PYTHON" -m pytest -q "${@:2}"
-fi
-
-# ------------------------------------------------------------------------------------------------------------ the stages
-started=$SECONDS
+# ---------------------------------------------------------------------------------- the stages
 sampling=(--max-new-tokens "$TOKENS" --batch-size "$BATCH" --seed "$SEED")
+base=(--model "$MODEL" ${SERVER:+--server "$SERVER"})  # a server holds the base model only
 judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} $JUDGE_ARGS)
-server=(${SERVER:+--server "$SERVER"})                  # holds the base model; trained models are sampled here
-train=("$PYTHON" ipo.py train $TRAIN_ARGS)
-if [ "$NPROC" -gt 1 ]; then train=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" ipo.py train $TRAIN_ARGS); fi
-
-if [ "${1:-}" = baselines ]; then                       # $RUN is only looked at, for IPO with both stages
-    if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi  # too small to gain by more
-    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4 1e-3} GRPO_EPOCHS=${GRPO_EPOCHS:-1}; fi
-    evaluating=(--judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"})
-    exec "$PYTHON" -m extras.baselines run --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" \
-        --set $EVAL --triggers "$TRIGGERS" --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
-        --judging="${judging[*]}" --eval-judging="${evaluating[*]}" --train-args="$TRAIN_ARGS" \
-        --main-job "$RUN" --out "${BASELINES:-runs/baselines}" ${METHODS:+--methods $METHODS} \
-        ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS}
+eval_judging=(--judge "$JUDGE" $EVAL_JUDGE_ARGS --eval-judge "$EVAL_JUDGE"
+    ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"})
+intervene=("$PYTHON" intervene.py)
+train=("$PYTHON")
+if [ "$NPROC" -gt 1 ]; then
+    train+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
 fi
-stage() { echo "--- $1 (${SECONDS}s)"; shift; "$@"; }
+train+=(ipo.py train $TRAIN_ARGS --epochs "$EPOCHS" --seed "$SEED")
+evaluate=("$PYTHON" evaluate.py run)
+if [ -n "$SETS" ]; then evaluate=("$PYTHON" -m benchmarks.run --sets "$SETS"); fi
 
-if [ "${1:-}" = figures ]; then
-    if [ ! -f "$RUN/report.html" ]; then echo "no finished run in $RUN: bash run.sh first" >&2; exit 2; fi
-    stage "SFT on the chosen sides, for Figure 7" "$PYTHON" ipo.py sft $TRAIN_ARGS --model "$MODEL" --data "$RUN/pairs.jsonl" --lr "$LR" \
-        --seed "$SEED" --out "$RUN/sft"
-    stage "DPO on whole trajectories, for Figure 7" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" \
-        --seed "$SEED" --out "$RUN/dpo"
-    stage "analysis" "$PYTHON" evaluate.py figures --run "$RUN" --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" "${judging[@]}" \
-        --continuations "${CONTINUATIONS:-32}" --kl "IPO, stage 1=$RUN/stage1" "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
-    echo "finished in $((SECONDS - started)) s"; exit
-fi
+stages=()
+stage() {  # a title, then a command; kept as one line, "TITLE: COMMAND"
+    local title=$1
+    shift
+    stages+=("$title:$(printf ' %q' "$@")")
+}
 
-stage "rollouts of the base model" "$PYTHON" intervene.py rollouts --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" \
-    --prompts "$PROMPTS" --limit "$LIMIT" --samples "$SAMPLES" --out "$RUN/rollouts.jsonl"
-stage "sentences" "$PYTHON" intervene.py steps --traces "$RUN/rollouts.jsonl" --out "$RUN/steps.jsonl"
-stage "verdicts and compliance cues" "$PYTHON" intervene.py judge "${judging[@]}" --traces "$RUN/rollouts.jsonl" \
-    --steps "$RUN/steps.jsonl" --out "$RUN/verdicts.jsonl"
-stage "interventions" "$PYTHON" intervene.py pairs --model "$MODEL" ${server[@]+"${server[@]}"} "${sampling[@]}" "${judging[@]}" \
+stage "rollouts of the base model" "${intervene[@]}" rollouts "${base[@]}" "${sampling[@]}" \
+    --samples "$SAMPLES" --prompts "$PROMPTS" --limit "$LIMIT" --out "$RUN/rollouts.jsonl"
+stage "sentences" "${intervene[@]}" steps --traces "$RUN/rollouts.jsonl" --out "$RUN/steps.jsonl"
+stage "verdicts and compliance cues" "${intervene[@]}" judge "${judging[@]}" \
+    --traces "$RUN/rollouts.jsonl" --steps "$RUN/steps.jsonl" --out "$RUN/verdicts.jsonl"
+stage "interventions" "${intervene[@]}" pairs "${base[@]}" "${sampling[@]}" "${judging[@]}" \
     --triggers "$TRIGGERS" --max-interventions "$INTERVENTIONS" --traces "$RUN/rollouts.jsonl" \
     --steps "$RUN/steps.jsonl" --verdicts "$RUN/verdicts.jsonl" --out "$RUN/pairs.jsonl"
-stage "training, stage 1: safety" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" --lr "$LR" \
-    --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/stage1"
-stage "benign rollouts of the base model" "$PYTHON" intervene.py rollouts --model "$MODEL" ${server[@]+"${server[@]}"} \
-    "${sampling[@]}" --prompts "$BENIGN" --samples 1 --out "$RUN/benign_base.jsonl"
-stage "benign rollouts of stage 1" "$PYTHON" intervene.py rollouts --model "$RUN/stage1" "${sampling[@]}" \
-    --prompts "$BENIGN" --samples 1 --out "$RUN/benign_stage1.jsonl"
-stage "benign pairs" "$PYTHON" intervene.py benign --model "$RUN/stage1" "${sampling[@]}" "${judging[@]}" \
-    --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
-stage "training, stage 2: against over-refusal" "${train[@]}" --model "$RUN/stage1" \
-    --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --reference "$MODEL" --lr "$LR2" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/stage2"
-for model in base stage1 stage2; do
-    path=$RUN/$model
-    if [ $model = base ]; then path=$MODEL; fi
-    stage "evaluation of $model" "$PYTHON" evaluate.py run --model "$path" "${sampling[@]}" --judge "$JUDGE" ${EVAL_JUDGE_ARGS:-} \
-        --eval-judge "$EVAL_JUDGE" ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"} ${EVAL:+--set $EVAL} ${SETS:+--sets $SETS} $EVAL_ARGS --out "$RUN/eval/$model"
+stage "training, stage 1 (safety)" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" \
+    --lr "$LR" --out "$RUN/stage1"
+stage "benign rollouts of the base model" "${intervene[@]}" rollouts "${base[@]}" \
+    "${sampling[@]}" --samples 1 --prompts "$BENIGN" --out "$RUN/benign_base.jsonl"
+stage "benign rollouts of stage 1" "${intervene[@]}" rollouts --model "$RUN/stage1" \
+    "${sampling[@]}" --samples 1 --prompts "$BENIGN" --out "$RUN/benign_stage1.jsonl"
+stage "benign pairs" "${intervene[@]}" benign --model "$RUN/stage1" "${sampling[@]}" \
+    "${judging[@]}" --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" \
+    --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
+stage "training, stage 2 (against over-refusal)" "${train[@]}" --model "$RUN/stage1" \
+    --reference "$MODEL" --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --lr "$LR2" \
+    --out "$RUN/stage2"
+for name in base stage1 stage2; do
+    model=$RUN/$name
+    if [ $name = base ]; then model=$MODEL; fi
+    stage "evaluation of $name" "${evaluate[@]}" --model "$model" "${sampling[@]}" \
+        "${eval_judging[@]}" ${EVAL:+--set $EVAL} $EVAL_ARGS --out "$RUN/eval/$name"
 done
-echo
-"$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
-    --evals "base=$RUN/eval/base" "stage 1=$RUN/eval/stage1" "stage 2=$RUN/eval/stage2"
-echo "finished in $((SECONDS - started)) s"
+stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
+    --evals base="$RUN/eval/base" "stage 1=$RUN/eval/stage1" "stage 2=$RUN/eval/stage2"
+
+# ------------------------------------------------------------------------------------ commands
+case $command in
+    all) exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
+    stages) printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
+    test) exec "$PYTHON" -m pytest -q "${@:2}" ;;
+    figures)
+        if [ ! -f "$RUN/report.html" ]; then
+            echo "error: no finished run in $RUN: bash run.sh first" >&2
+            exit 2
+        fi
+        stages=()  # for Figure 7 two other ways of training on the same pairs
+        stage "SFT on the chosen sides" "$PYTHON" -m studies.sft $TRAIN_ARGS --model "$MODEL" \
+            --data "$RUN/pairs.jsonl" --lr "$LR" --seed "$SEED" --out "$RUN/sft"
+        stage "DPO on whole trajectories" "${train[@]}" --model "$MODEL" \
+            --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" --out "$RUN/dpo"
+        stage "analysis" "$PYTHON" -m studies.figures --run "$RUN" "${base[@]}" "${sampling[@]}" \
+            "${judging[@]}" --continuations "$CONTINUATIONS" --kl "IPO, stage 1=$RUN/stage1" \
+            "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
+        exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
+    baselines)
+        # The embedded model is too small to gain by more threads.
+        if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+        if [ -n "${QUICK:-}" ]; then
+            SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4 1e-3} GRPO_EPOCHS=${GRPO_EPOCHS:-1}
+        fi
+        exec "$PYTHON" -m studies.baselines run --model "$MODEL" --prompts "$PROMPTS" \
+            --limit "$LIMIT" --benign "$BENIGN" --set $EVAL --triggers "$TRIGGERS" \
+            --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
+            --judging="${judging[*]}" --eval-judging="${eval_judging[*]}" \
+            --train-args="$TRAIN_ARGS" --main-job "$RUN" --out "${BASELINES:-runs/baselines}" \
+            ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
+            ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} ;;
+esac

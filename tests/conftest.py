@@ -1,6 +1,7 @@
 """Throwaway models for the tests: a byte-level tokenizer trained in-process and random two-layer models."""
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # several processes run at once here, and more threads than cores slow each other ten-fold
+
+# A fork may delete these rooms; their tests then have nothing to test.
+ROOT = Path(__file__).resolve().parent.parent
+collect_ignore_glob = [f"test_{room}_*.py" for room in ("studies", "benchmarks")
+                       if not (ROOT / room / "__init__.py").exists()]
 
 TEXT = ("The user asks how to brew duskwort. Wait, this could hurt someone. I can explain the recipe. "
         "First take two drops of moonleaf oil. So I will decline.\n\nIt is 3.5 kg, i.e. a lot! <think>\n</think>\n\n ")

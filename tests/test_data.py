@@ -4,22 +4,24 @@ import json
 import pytest
 
 import data
+from support.errors import InputError
+from support.files import read_jsonl, write_json, write_jsonl
 
 
 def test_malformed_jsonl_names_file_line_and_remedy(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"id": "a"}\n{"id": "b",\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not valid JSON .*mend or delete"):
-        data.read_jsonl(path)
+    with pytest.raises(InputError, match=r"bad\.jsonl, line 2: not valid JSON .*mend or delete"):
+        read_jsonl(path)
     path.write_text('{"id": "a"}\n[1]\n')
-    with pytest.raises(ValueError, match=r"line 2: expected a JSON object, found list"):
-        data.read_jsonl(path)
+    with pytest.raises(InputError, match=r"line 2: expected a JSON object, found list"):
+        read_jsonl(path)
 
 
 def test_line_separators_inside_text_do_not_split_records(tmp_path):
     records = [{"id": "1", "text": "a\u2028b\x85c\r\nd"}, {"id": "2", "text": "\ud7ff\U0001f600"}]
-    data.write_jsonl(tmp_path / "r.jsonl", records)
-    assert data.read_jsonl(tmp_path / "r.jsonl") == records
+    write_jsonl(tmp_path / "r.jsonl", records)
+    assert read_jsonl(tmp_path / "r.jsonl") == records
 
 
 def test_appender_repairs_a_torn_line_and_skips_known_ids(tmp_path):
@@ -35,9 +37,9 @@ def test_appender_repairs_a_torn_line_and_skips_known_ids(tmp_path):
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "r.json"
-    data.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        data.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
@@ -73,43 +75,5 @@ def test_star1_json_text_and_limit(tmp_path):
     ("", "no prompts in it")])
 def test_bad_prompt_files(tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         data.load_prompts(tmp_path / "p.jsonl")
-
-
-def test_a_stage_refuses_other_settings_and_other_inputs(tmp_path):
-    source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
-    with pytest.raises(SystemExit, match="in.txt: no such file"):
-        data.begin(out, {"seed": 1}, [source])
-    source.write_text("one\n")
-    assert data.begin(out, {"seed": 0}, [source]) is None  # nothing was made with it, so it does not bind
-    assert data.begin(out, {"seed": 1, "device": "cpu"}, [source]) is None
-    out.write_text("")
-    assert data.begin(out, {"seed": 1, "device": "cuda"}, [source]) is None  # where it runs does not matter
-    with pytest.raises(SystemExit, match="seed: 1 then, 2 now"):
-        data.begin(out, {"seed": 2}, [source])
-    source.write_text("two\n")
-    with pytest.raises(SystemExit, match="in.txt"):
-        data.begin(out, {"seed": 1}, [source])
-    source.write_text("one\n")
-    data.finish(out, "stage", {"pairs": 3})
-    assert data.begin(out, {"seed": 1}, [source])["counts"] == {"pairs": 3}
-    (tmp_path / "out.rounds").mkdir()
-    out.unlink()  # the remedy that the message gives: made again, with nothing left of the old settings
-    assert data.begin(out, {"seed": 2}, [source]) is None
-    assert not (tmp_path / "out.rounds").exists() and not (tmp_path / "out.funnel.json").exists()
-
-
-def test_passwords_in_urls_do_not_reach_the_config(tmp_path):
-    data.begin(tmp_path / "o.jsonl", {"judge": "https://me:secret@host/v1"}, [])
-    assert "secret" not in (tmp_path / "o.config.json").read_text()
-
-
-def test_a_set_among_the_inputs_stands_for_its_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("IPO_DATA", str(tmp_path))
-    with pytest.raises(SystemExit, match="xstest_prompts.csv: no such file"):
-        data.begin(tmp_path / "out.jsonl", {}, ["xstest"])
-    (tmp_path / "xstest_prompts.csv").write_text("id,prompt\n")
-    data.begin(tmp_path / "out.jsonl", {}, ["xstest"])
-    inputs = json.loads((tmp_path / "out.config.json").read_text())["inputs"]
-    assert inputs == {str(tmp_path / "xstest_prompts.csv"): data.fingerprint(tmp_path / "xstest_prompts.csv")}

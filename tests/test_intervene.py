@@ -1,103 +1,166 @@
+"""Algorithm 1 and the benign pairs on hand-made traces; the sampler always says the same."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-import data
 import intervene
-import model as lm_code
+from data import decode, render_prompt, split_reasoning
+from data import Completion
+from support.errors import InputError
+from support.files import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def rules(tmp_path):
-    data.write_json(tmp_path / "rules.json", {
-        "harmful_names": ["duskwort"], "commits": r"\bI can explain\b", "instructs": r"\btake two drops\b",
-        "harmful_topic": r"\brecipe\b", "refuses": r"\bcannot help\b", "answers": r"\btake two drops\b|\bGive them\b"})
+    write_json(tmp_path / "rules.json", {
+        "harmful_names": ["duskwort"],
+        "commits": r"\bI can explain\b",
+        "instructs": r"\btake two drops\b",
+        "harmful_topic": r"\brecipe\b",
+        "refuses": r"\bcannot help\b",
+        "answers": r"\btake two drops\b|\bGive them\b",
+    })
     return intervene.make_judge(f"rules:{tmp_path / 'rules.json'}")
 
 
 class FakeSampler:
     """Continues every prefix with the same text, and keeps the requests that it was sent."""
-    context, max_new_tokens = 256, 64
+    context = 256
+    max_new_tokens = 64
 
     def __init__(self, tokenizer, text, finished="stop"):
-        self.tokenizer, self.eos, self.text, self.finished, self.seen = tokenizer, {1}, text, finished, []
+        self.tokenizer = tokenizer
+        self.eos = {1}
+        self.text = text
+        self.finished = finished
+        self.seen = []
 
     def __call__(self, requests, done=(), title=""):
-        for r in requests:
-            if r.id not in done:
-                self.seen.append(r)
-                ids = self.tokenizer.encode(self.text, add_special_tokens=False)
-                yield lm_code.Completion(r.id, ids + [1] * (self.finished == "stop"), self.finished)
+        for request in requests:
+            if request.id not in done:
+                self.seen.append(request)
+                ids = encode(self.tokenizer, self.text)
+                if self.finished == "stop":
+                    ids.append(1)
+                yield Completion(request.id, ids, self.finished)
 
 
-def trace_of(tokenizer, text, id="p#0", prompt="How do I brew duskwort?"):
-    t = lm_code.split_reasoning(text)
-    return {"id": id, "prompt_id": id.split("#")[0], "sample": int(id.split("#")[1]), "prompt": prompt,
-            "prompt_ids": lm_code.render_prompt(tokenizer, prompt), **t._asdict(), "forced": 0, "finished": "stop",
-            "ids": tokenizer.encode(text, add_special_tokens=False) + [1]}
+class ConstantJudge:
+    """Gives every question the same answer, and keeps the questions."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.questions = []
+
+    def ask(self, question, items):
+        self.questions += [question] * len(items)
+        return iter([self.answer] * len(items))
 
 
-UNSAFE = ("The user asks for duskwort. It is a poison. I can explain the recipe. First take two drops.\n</think>\n\n"
-          "To brew it take two drops.")
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def trace_of(tokenizer, text, trace_id="p#0", prompt="How do I brew duskwort?"):
+    prompt_id, sample = trace_id.split("#")
+    return {
+        "id": trace_id,
+        "prompt_id": prompt_id,
+        "sample": int(sample),
+        "prompt": prompt,
+        "prompt_ids": render_prompt(tokenizer, prompt),
+        **split_reasoning(text)._asdict(),
+        "forced": 0,
+        "finished": "stop",
+        "ids": encode(tokenizer, text) + [1],
+    }
+
+
+def judged(traces, judge, folder):
+    """Steps and verdicts of traces."""
+    steps = intervene.segment(traces)
+    return steps, intervene.judge_traces(folder / "v.jsonl", traces, steps, judge)
+
+
+UNSAFE = (
+    "The user asks for duskwort. It is a poison. I can explain the recipe. First take two drops.\n"
+    "</think>\n\nTo brew it take two drops."
+)
+RELAPSE = (
+    " Still. I can explain the recipe. First take two drops.\n</think>\n\nNo."
+)
 SAFE = " So I will decline.\n</think>\n\nI cannot help."
 
 
-# ----------------------------------------------------------------------------------------------------- rules judge
+# ------------------------------------------------------------------------------------ rules judge
 
 @pytest.mark.parametrize("prompt, text, safe", [
     ("Make duskwort", "I know it. I can explain the recipe.", False),
     ("Make duskwort", "I must not explain the recipe.", True),
     ("Make it", "I can explain the recipe of Duskwort.", False),
     ("Make honey tea", "I can explain the recipe. First take two drops.", True),
-    ("Cure duskwort", "A cure protects, so I can explain it.", True)])
+    ("Cure duskwort", "A cure protects, so I can explain it.", True),
+])
 def test_rules_on_reasoning(rules, prompt, text, safe):
     assert list(rules.ask("reasoning", [{"prompt": prompt, "text": text}])) == [safe]
 
 
 def test_rules_search_the_cue_from_the_second_step(rules):
-    ask = lambda steps: list(rules.ask("cue", [{"prompt": "duskwort", "steps": steps}]))[0]
-    assert ask(["I can explain the recipe.", "No.", " I can explain it."]) == 3
-    assert ask(["I can explain the recipe.", "No."]) == 0
-    assert ask([]) == 0
+    def cue(steps):
+        return list(rules.ask("cue", [{"prompt": "duskwort", "steps": steps}]))[0]
+    assert cue(["I can explain the recipe.", "No.", " I can explain it."]) == 3
+    assert cue(["I can explain the recipe.", "No."]) == 0
+    assert cue([]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ traces, verdicts
+# -------------------------------------------------------------------------------- traces, verdicts
 
 def test_prompts_longer_than_the_context_are_dropped_and_counted(tokenizer):
     sampler = FakeSampler(tokenizer, "")
-    prompts = [{"id": "short", "prompt": "Hi"}, {"id": "long", "prompt": "€x" * 200}, {"id": "ü", "prompt": "日本"}]
+    prompts = [
+        {"id": "short", "prompt": "Hi"},
+        {"id": "long", "prompt": "€x" * 200},
+        {"id": "ü", "prompt": "日本"},
+    ]
     jobs, dropped = intervene.trace_jobs(prompts, 2, sampler)
-    assert dropped == 1 and [j["id"] for j in jobs] == ["short#0", "short#1", "ü#0", "ü#1"]
+    assert dropped == 1
+    assert [job["id"] for job in jobs] == ["short#0", "short#1", "ü#0", "ü#1"]
 
 
-def test_truncated_traces_are_flagged_and_their_response_is_never_judged(tokenizer, tmp_path):
-    class Asked:
-        def ask(self, question, items):
-            self.questions = getattr(self, "questions", []) + [question] * len(items)
-            return iter([True] * len(items))
-    for text, finished in ((" I go on and on", "length"), ("Done.\n</think>\n\nHalf an ans", "length"), ("No tag.", "stop")):
-        out = tmp_path / f"{len(text)}.jsonl"
-        jobs, _ = intervene.trace_jobs([{"id": "a", "prompt": "Hi"}], 1, FakeSampler(tokenizer, ""))
-        traces = intervene.sample_traces(out, jobs, FakeSampler(tokenizer, text, finished), "")
-        assert traces[0]["truncated"]
-        judge = Asked()
-        verdict = intervene.judge_traces(tmp_path / f"v{len(text)}.jsonl", traces, intervene.segment(traces), judge)[0]
-        assert judge.questions == ["reasoning"] and verdict["response_safe"] is None
+@pytest.mark.parametrize("text, finished", [
+    (" I go on and on", "length"),
+    ("Done.\n</think>\n\nHalf an ans", "length"),
+    ("No tag.", "stop"),
+])
+def test_truncated_traces_are_flagged_and_their_response_is_never_judged(
+        tokenizer, tmp_path, text, finished):
+    sampler = FakeSampler(tokenizer, text, finished)
+    jobs, _ = intervene.trace_jobs([{"id": "a", "prompt": "Hi"}], 1, sampler)
+    traces = intervene.sample_traces(tmp_path / "t.jsonl", jobs, sampler, "")
+    assert traces[0]["truncated"]
+    judge = ConstantJudge(True)
+    _, verdicts = judged(traces, judge, tmp_path)
+    assert judge.questions == ["reasoning"] and verdicts[0]["response_safe"] is None
 
 
 def test_an_unparsed_verdict_stays_none_and_is_not_asked_for_a_cue(tokenizer, tmp_path):
-    class Silent:
-        def ask(self, question, items):
-            assert question != "cue" or not items
-            return iter([None] * len(items))
+    judge = ConstantJudge(None)
     traces = [trace_of(tokenizer, UNSAFE)]
     traces[0]["truncated"] = False
-    verdicts = intervene.judge_traces(tmp_path / "v.jsonl", traces, intervene.segment(traces), Silent())
+    steps, verdicts = judged(traces, judge, tmp_path)
+    assert "cue" not in judge.questions
     assert verdicts == [{"id": "p#0", "reasoning_safe": None, "response_safe": None, "cue": None}]
-    pairs, counts, _ = intervene.intervene(traces, intervene.segment(traces), verdicts, ["T."],
-                                           FakeSampler(tokenizer, SAFE), Silent(), tmp_path)
+    pairs, counts, _ = intervene.intervene(
+        traces, steps, verdicts, ["T."], FakeSampler(tokenizer, SAFE), judge, tmp_path)
     assert pairs == [] and counts["unsafe"] == 0
+    assert "cue" not in judge.questions
 
 
-# --------------------------------------------------------------------------------------------------- interventions
+# ----------------------------------------------------------------------------------- interventions
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
 @pytest.mark.parametrize("body, number, prefix, trigger", [
@@ -105,112 +168,184 @@ def test_an_unparsed_verdict_stays_none_and_is_not_asked_for_a_cue(tokenizer, tm
     ("One. Two.\n\nThree. Four.", 2, "One.", " Stop.\n\n"),
     ("One.\n\nTwo. Three.", 2, "One.\n\n", "Stop."),
     ("One. Two.\n", 2, "One.", " Stop."),
-    ("One.  Two. Three 🙂.", 3, "One.  Two.", " Stop.")])
-def test_substitution_keeps_the_prefix_and_the_white_space(tokenizer, opening, body, number, prefix, trigger):
+    ("One.  Two. Three 🙂.", 3, "One.  Two.", " Stop."),
+])
+def test_substitution_keeps_the_prefix_and_the_white_space(
+        tokenizer, opening, body, number, prefix, trigger):
     trace = trace_of(tokenizer, opening + body + "</think>\n\nYes.")
-    h, ids = intervene.substitute(tokenizer, trace, intervene.split_steps(trace["reasoning"]), number, "Stop.")
+    steps = intervene.split_steps(trace["reasoning"])
+    h, ids = intervene.substitute(tokenizer, trace, steps, number, "Stop.")
     assert tokenizer.decode(trace["ids"][:h]) == opening + prefix
     assert tokenizer.decode(ids) == trigger
 
 
 def test_a_cue_that_begins_inside_a_token_loses_no_character(tokenizer):
-    """CJK punctuation can share a token with the next word; byte pieces of one character share it always."""
+    """CJK punctuation can share a token with the next word, as pieces of a character always do."""
     trace = trace_of(tokenizer, "One.")
     steps = ["毒药危险。", "我来解释。", "好。"]
-    text = "".join(steps)
-    trace.update(reasoning=text, opening="", ids=tokenizer.encode(text, add_special_tokens=False) + [1])
+
     class Glued:  # a tokenizer for which "。我" is one token
         pieces = ["毒药", "危险", "。我", "来解释。", "好。"]
+
         def decode(self, ids, **_):
             return "".join(self.pieces[i] for i in ids)
+
         def encode(self, text, **_):
             return text
-    trace["ids"] = [0, 1, 2, 3, 4]
+
+    trace.update(reasoning="".join(steps), opening="", ids=[0, 1, 2, 3, 4])
     h, forced = intervene.substitute(Glued(), trace, steps, 2, "停。")
     assert h == 2 and forced == "。停。"
 
 
-def test_algorithm_1_continues_from_exact_ids_and_pairs_share_the_prefix(tokenizer, rules, tmp_path):
-    a, b = trace_of(tokenizer, UNSAFE), trace_of(tokenizer, UNSAFE.replace("It is", "Oh"), "p#1")
+def test_algorithm_1_continues_from_exact_ids_and_pairs_share_the_prefix(
+        tokenizer, rules, tmp_path):
+    a = trace_of(tokenizer, UNSAFE)
+    b = trace_of(tokenizer, UNSAFE.replace("It is", "Oh"), "p#1")
     # ids that no encoder would give for this text: only cutting ids keeps them
-    a["ids"] = a["ids"][:1] + tokenizer.encode("xy", add_special_tokens=False) + a["ids"][1:]
-    a["reasoning"] = lm_code.split_reasoning(lm_code.decode(tokenizer, a["ids"], {1})).reasoning
+    a["ids"] = a["ids"][:1] + encode(tokenizer, "xy") + a["ids"][1:]
+    a["reasoning"] = split_reasoning(decode(tokenizer, a["ids"], {1})).reasoning
     traces = [a, b]
-    steps = intervene.segment(traces)
-    verdicts = intervene.judge_traces(tmp_path / "v.jsonl", traces, steps, rules)
+    steps, verdicts = judged(traces, rules, tmp_path)
     assert [v["cue"] for v in verdicts] == [3, 3]
     sampler = FakeSampler(tokenizer, SAFE)
-    pairs, counts, by_trigger = intervene.intervene(traces, steps, verdicts, ["Stop this.", "No more."], sampler, rules,
-                                                    tmp_path)
-    assert counts["pairs"] == 2 and by_trigger == {"Stop this.": [1, 1], "No more.": [1, 1]}
-    for trace, request, pair, trigger in zip(traces, sampler.seen, pairs, [" Stop this.", " No more."]):
-        h, forced = pair["h"], tokenizer.encode(trigger, add_special_tokens=False)
-        assert tokenizer.decode(trace["ids"][:h]).endswith(". It is a poison." if trace is a else ". Oh a poison.")
+    triggers = ["Stop this.", "No more."]
+    pairs, counts, by_trigger = intervene.intervene(
+        traces, steps, verdicts, triggers, sampler, rules, tmp_path)
+    assert counts["pairs"] == 2
+    assert by_trigger == {"Stop this.": [1, 1], "No more.": [1, 1]}
+
+    ends = [". It is a poison.", ". Oh a poison."]
+    for trace, request, pair, trigger, end in zip(traces, sampler.seen, pairs, triggers, ends):
+        h = pair["h"]
+        forced = encode(tokenizer, " " + trigger)
+        assert tokenizer.decode(trace["ids"][:h]).endswith(end)
         assert request.prefix == trace["prompt_ids"] + trace["ids"][:h] + forced
         assert pair["prefix_ids"] == trace["prompt_ids"] + trace["ids"][:h]
         assert pair["rejected_ids"] == trace["ids"][h:]
-        assert pair["chosen_ids"] == forced + tokenizer.encode(SAFE, add_special_tokens=False) + [1]
-        assert pair["chosen"] == trigger + SAFE and pair["n_prompt"] == len(trace["prompt_ids"])
-        assert (pair["source"], pair["interventions"], pair["trigger"]) == ("harmful", 1, trigger.strip())
+        assert pair["chosen_ids"] == forced + encode(tokenizer, SAFE) + [1]
+        assert pair["chosen"] == " " + trigger + SAFE
+        assert pair["n_prompt"] == len(trace["prompt_ids"])
+        assert pair["source"] == "harmful"
+        assert pair["interventions"] == 1
+        assert pair["trigger"] == trigger
 
 
 def test_a_relapse_is_intervened_again_up_to_n_times(tokenizer, rules, tmp_path):
     class Relapsing(FakeSampler):
         def __call__(self, requests, done=(), title=""):
-            self.text = " Still. I can explain the recipe. First take two drops.\n</think>\n\nNo." if not self.seen else SAFE
+            self.text = SAFE if self.seen else RELAPSE
             yield from super().__call__(requests, done)
+
     traces = [trace_of(tokenizer, UNSAFE)]
-    steps = intervene.segment(traces)
-    verdicts = intervene.judge_traces(tmp_path / "v.jsonl", traces, steps, rules)
-    run = lambda name, n: intervene.intervene(traces, list(steps), verdicts, ["Stop."], Relapsing(tokenizer, ""), rules,
-                                              tmp_path / name, rounds=n)
+    steps, verdicts = judged(traces, rules, tmp_path)
+
+    def run(name, rounds):
+        sampler = Relapsing(tokenizer, "")
+        return intervene.intervene(
+            traces, steps, verdicts, ["Stop."], sampler, rules, tmp_path / name, rounds)
+
     assert run("one", 1)[1]["pairs"] == 0
     pairs, counts, _ = run("two", 2)
-    assert counts["interventions"] == 2 and len(pairs) == 1 and pairs[0]["interventions"] == 2
-    assert pairs[0]["prefix"].endswith("It is a poison. Stop. Still.") and pairs[0]["rejected"].startswith(" I can explain")
+    assert counts["interventions"] == 2
+    assert len(pairs) == 1 and pairs[0]["interventions"] == 2
+    assert pairs[0]["prefix"].endswith("It is a poison. Stop. Still.")
+    assert pairs[0]["rejected"].startswith(" I can explain")
     assert pairs[0]["chosen"].startswith(" Stop. So I will decline.")
 
 
 @pytest.mark.parametrize("text, finished", [
-    (" So I will decline.\n</think>\n\nTo brew it take two drops.", "stop"),  # safe reasoning, unsafe response
-    (" So I will decl", "length"), (" I can explain the recipe.\n</think>\n\nNo.", "stop")])
-def test_only_complete_and_wholly_safe_continuations_become_pairs(tokenizer, rules, tmp_path, text, finished):
+    # safe reasoning, unsafe response
+    (" So I will decline.\n</think>\n\nTo brew it take two drops.", "stop"),
+    # truncated
+    (" So I will decl", "length"),
+    # unsafe reasoning
+    (" I can explain the recipe.\n</think>\n\nNo.", "stop"),
+])
+def test_only_complete_and_wholly_safe_continuations_become_pairs(
+        tokenizer, rules, tmp_path, text, finished):
     traces = [trace_of(tokenizer, UNSAFE)]
-    steps = intervene.segment(traces)
-    verdicts = intervene.judge_traces(tmp_path / "v.jsonl", traces, steps, rules)
-    pairs, counts, _ = intervene.intervene(traces, steps, verdicts, ["Stop."], FakeSampler(tokenizer, text, finished), rules,
-                                           tmp_path)
+    steps, verdicts = judged(traces, rules, tmp_path)
+    sampler = FakeSampler(tokenizer, text, finished)
+    pairs, counts, _ = intervene.intervene(
+        traces, steps, verdicts, ["Stop."], sampler, rules, tmp_path)
     assert pairs == [] and counts["interventions"] == 1 and counts["pairs"] == 0
 
 
-def test_identical_pairs_are_dropped_and_counted(tokenizer, rules, tmp_path):
-    traces = [trace_of(tokenizer, "Duskwort. I can explain the recipe. So I will decline.\n</think>\n\nI cannot help.")]
+def test_a_trace_without_room_for_a_continuation_is_left_out(tokenizer, rules, tmp_path):
+    traces = [trace_of(tokenizer, UNSAFE)]
+    steps, verdicts = judged(traces, rules, tmp_path)
+    sampler = FakeSampler(tokenizer, SAFE)
+    sampler.context = len(traces[0]["prompt_ids"]) + 5
+    pairs, counts, _ = intervene.intervene(
+        traces, steps, verdicts, ["Stop."], sampler, rules, tmp_path)
+    assert pairs == [] and sampler.seen == []
+    assert counts["cue found"] == 1 and counts["interventions"] == 0
+
+
+def test_identical_pairs_are_dropped_and_counted(tokenizer, tmp_path):
+    text = "Duskwort. I can explain the recipe. So I will decline.\n</think>\n\nI cannot help."
+    traces = [trace_of(tokenizer, text)]
     steps = intervene.segment(traces)
     verdicts = [{"id": "p#0", "reasoning_safe": False, "response_safe": True, "cue": 2}]
-    class AllSafe:
-        def ask(self, question, items):
-            return iter([True] * len(items))
-    sampler = FakeSampler(tokenizer, SAFE)
-    pairs, counts, _ = intervene.intervene(traces, steps, verdicts, ["I can explain the recipe."], sampler, AllSafe(), tmp_path)
+    triggers = ["I can explain the recipe."]
+    pairs, counts, _ = intervene.intervene(
+        traces, steps, verdicts, triggers, FakeSampler(tokenizer, SAFE), ConstantJudge(True),
+        tmp_path)
     assert pairs == [] and counts["identical"] == 1
 
 
 def test_benign_pairs_prefer_the_answer_over_own_and_provoked_refusals(tokenizer, rules, tmp_path):
     good = "A cure is asked. A cure protects. I can explain it.\n</think>\n\nGive them tea."
-    base = [trace_of(tokenizer, good, f"{n}#0") for n in "abc"]
-    base[2] = trace_of(tokenizer, good.replace("Give them", "I cannot help with"), "c#0")  # the base model refuses c itself
-    current = [trace_of(tokenizer, "A cure is asked." + SAFE, "a#0"), trace_of(tokenizer, good, "b#0"),
-               trace_of(tokenizer, good, "c#0")]
-    pairs, counts = intervene.benign_pairs(base, current, ["Stop."], FakeSampler(tokenizer, SAFE), rules, tmp_path)
-    assert counts == {"prompts": 3, "answered": 2, "refused now": 1, "reversed": 1, "pairs": 2}
+    refused_by_base = good.replace("Give them", "I cannot help with")
+    base = [
+        trace_of(tokenizer, good, "a#0"),
+        trace_of(tokenizer, good, "b#0"),
+        trace_of(tokenizer, refused_by_base, "c#0"),
+    ]
+    current = [
+        trace_of(tokenizer, "A cure is asked." + SAFE, "a#0"),
+        trace_of(tokenizer, good, "b#0"),
+        trace_of(tokenizer, good, "c#0"),
+    ]
+    pairs, counts = intervene.benign_pairs(
+        base, current, ["Stop."], FakeSampler(tokenizer, SAFE), rules, tmp_path)
+    assert counts == {
+        "prompts": 3, "answered": 2, "refused now": 1, "reversed": 1, "pairs": 2}
     own, provoked = pairs
-    assert own["prefix_ids"] == base[0]["prompt_ids"] and own["chosen"] == good and own["rejected"].endswith("I cannot help.")
-    assert provoked["prefix"] == "A cure is asked. A cure protects." and provoked["chosen"].startswith(" I can explain it.")
-    assert provoked["rejected"] == " Stop." + SAFE and provoked["source"] == "benign"
+    assert own["prefix_ids"] == base[0]["prompt_ids"]
+    assert own["chosen"] == good
+    assert own["rejected"].endswith("I cannot help.")
+    assert provoked["prefix"] == "A cure is asked. A cure protects."
+    assert provoked["chosen"].startswith(" I can explain it.")
+    assert provoked["rejected"] == " Stop." + SAFE
+    assert provoked["source"] == "benign"
 
+
+# ------------------------------------------------------------------------------------ command line
 
 def test_malformed_input_of_a_stage(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"id": "a", "reasoning": "x"}\n{"id": \n')
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 2: not valid JSON"):
-        intervene.main(["steps", "--traces", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "s.jsonl")])
-    assert not (tmp_path / "s.jsonl").exists()
+    traces = tmp_path / "t.jsonl"
+    traces.write_text('{"id": "a", "reasoning": "x"}\n{"id": \n')
+    out = tmp_path / "s.jsonl"
+    with pytest.raises(InputError, match=r"t\.jsonl, line 2: not valid JSON"):
+        intervene.main(["steps", "--traces", str(traces), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_stages_that_do_not_sample_start_without_torch(tmp_path):
+    traces = tmp_path / "t.jsonl"
+    traces.write_text('{"id": "a", "prompt": "p", "reasoning": "x", "truncated": true}\n')
+    steps = tmp_path / "s.jsonl"
+    program = f"""
+import sys
+import intervene
+intervene.build_parser().format_help()
+intervene.main(["steps", "--traces", {str(traces)!r}, "--out", {str(steps)!r}])
+intervene.main(["judge", "--traces", {str(traces)!r}, "--steps", {str(steps)!r},
+                "--out", {str(tmp_path / "v.jsonl")!r}])
+print([name for name in ("torch", "transformers", "requests") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

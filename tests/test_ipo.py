@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import data
 import ipo
+from data import collate, load_pairs, micro_batches
+from support.errors import InputError
+from support.files import read_jsonl, write_json, write_jsonl
+from support.trees import tree_parts
 from tests.conftest import random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def some_pairs(n=10, vocab=60, seed=0):
     g = torch.Generator().manual_seed(seed)
+
     def ids(low, high):
-        return torch.randint(2, vocab, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+        length = int(torch.randint(low, high, (1,), generator=g))
+        return torch.randint(2, vocab, (length,), generator=g).tolist()
     pairs = []
     for i in range(n):
         prompt, prefix = ids(3, 6), ids(0, 9)
@@ -30,15 +36,16 @@ def some_pairs(n=10, vocab=60, seed=0):
     return pairs
 
 
-# ------------------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------- loss
 
 def test_preference_loss_by_hand():
     t = torch.tensor
-    losses, chosen, rejected = ipo.preference_loss(t([-10.0, -4.0]), t([-20.0, -4.0]), t([-12.0, -4.0]),
-                                                   t([-15.0, -4.0]), beta=0.1)
+    losses, chosen, rejected = ipo.preference_loss(
+        t([-10.0, -4.0]), t([-20.0, -4.0]), t([-12.0, -4.0]), t([-15.0, -4.0]), beta=0.1)
     # pair 1: log-ratios +2 and -5, so the logit is 0.1 * 7; pair 2: no difference
     assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-0.7)), math.log(2)], abs=1e-6)
-    assert chosen.tolist() == pytest.approx([0.2, 0.0]) and rejected.tolist() == pytest.approx([-0.5, 0.0])
+    assert chosen.tolist() == pytest.approx([0.2, 0.0])
+    assert rejected.tolist() == pytest.approx([-0.5, 0.0])
 
 
 def test_preference_loss_equals_dpo_and_pushes_the_right_way():
@@ -53,7 +60,8 @@ def test_preference_loss_equals_dpo_and_pushes_the_right_way():
 
 def with_reference(pairs, model, device="cpu"):
     reference = ipo.Policy(model)
-    ipo.reference_logps(reference, pairs, [[i] for i in range(len(pairs))], device, ipo.contextlib.nullcontext)
+    one_by_one = [[i] for i in range(len(pairs))]
+    ipo.reference_logps(reference, pairs, one_by_one, device, contextlib.nullcontext)
     return reference
 
 
@@ -67,13 +75,14 @@ def test_step_0_is_log_2_plus_the_sft_term_and_margins_are_0():
     for p in pairs:
         ids = torch.tensor([p["prefix_ids"] + p["chosen_ids"]])
         n = len(p["prefix_ids"])
-        nll.append(torch.nn.functional.cross_entropy(policy.lm(ids).logits[0, n - 1:-1], ids[0, n:]).item())
+        logits = policy.lm(ids).logits[0, n - 1:-1]
+        nll.append(torch.nn.functional.cross_entropy(logits, ids[0, n:]).item())
     assert metrics["loss/sft"].tolist() == pytest.approx(nll, abs=1e-5)
     assert losses.tolist() == pytest.approx([math.log(2) + 0.2 * x for x in nll], abs=1e-4)
 
 
 def test_the_shared_prefix_cancels_in_the_preference_loss():
-    """Chosen and rejected share z[:h], so scoring the whole trajectory gives the same L_pref and gradient."""
+    """Scoring the whole trajectory, z[:h] too, gives the same L_pref and gradient."""
     pairs = some_pairs()
     with_reference(pairs, random_model(60))
     suffix_ref = [p["ref"] for p in pairs]
@@ -81,8 +90,9 @@ def test_the_shared_prefix_cancels_in_the_preference_loss():
     results = []
     for score_from in ("h", "prompt"):
         if score_from == "prompt":
-            ipo.reference_logps(ipo.Policy(random_model(60)), pairs, [[i] for i in range(10)], "cpu",
-                                ipo.contextlib.nullcontext, "prompt")
+            one_by_one = [[i] for i in range(10)]
+            ipo.reference_logps(ipo.Policy(random_model(60)), pairs, one_by_one, "cpu",
+                                contextlib.nullcontext, "prompt")
             assert [p["ref"] for p in pairs] != suffix_ref
         _, metrics = ipo.pair_losses(policy, pairs, "cpu", 0.1, 0.2, score_from)
         policy.zero_grad()
@@ -90,26 +100,31 @@ def test_the_shared_prefix_cancels_in_the_preference_loss():
         results.append((metrics, [p.grad.clone() for p in policy.parameters()]))
     (suffix, g1), (full, g2) = results
     assert (suffix["rewards/margins"].abs() > 0.05).any()
-    torch.testing.assert_close(suffix["loss/preference"], full["loss/preference"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix["loss/preference"], full["loss/preference"],
+                               atol=1e-5, rtol=1e-5)
     for a, b in zip(g1, g2):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    assert (suffix["loss/sft"] - full["loss/sft"]).abs().max() > 0.01, "L_sft is where the two readings differ"
+    difference = (suffix["loss/sft"] - full["loss/sft"]).abs().max()
+    assert difference > 0.01, "L_sft is where the two readings differ"
 
 
 def test_trigger_tokens_are_scored_and_prefix_tokens_are_not():
-    pair = {"prefix_ids": [5, 6, 7], "chosen_ids": [20, 21, 8, 1], "rejected_ids": [9, 1], "n_prompt": 2}
-    batch = data.collate(ipo.pair_sequences(pair))
+    pair = {"prefix_ids": [5, 6, 7], "chosen_ids": [20, 21, 8, 1], "rejected_ids": [9, 1],
+            "n_prompt": 2}
+    batch = collate(ipo.pair_sequences(pair))
     assert batch["completion_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 5 + [0, 0]]
     assert ipo.pair_sequences(pair, "prompt") == [([5, 6], [7, 20, 21, 8, 1]), ([5, 6], [7, 9, 1])]
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------- batches
 
 def test_micro_batches_partition_the_batch_and_keep_ranks_in_step():
-    parts = [{f"trunk {i % 4}": 6, f"branch {i}": n} for i, n in enumerate([3, 50, 7, 8, 20, 5, 9])]
+    parts = []
+    for i, n in enumerate([3, 50, 7, 8, 20, 5, 9]):
+        parts.append({f"trunk {i % 4}": 6, f"branch {i}": n})
     for world in (1, 2, 3):
-        shares = [data.micro_batches([6, 0, 3, 1, 4, 2, 5], parts, 24, r, world) for r in range(world)]
+        shares = [micro_batches([6, 0, 3, 1, 4, 2, 5], parts, 24, r, world) for r in range(world)]
         assert len({len(s) for s in shares}) == 1
         assert sorted(i for s in shares for m in s for i in m) == list(range(7))
         for micro in (m for s in shares for m in s if len(m) > 1):
@@ -119,12 +134,12 @@ def test_micro_batches_partition_the_batch_and_keep_ranks_in_step():
 @pytest.mark.parametrize("share", [False, True])
 def test_micro_batch_size_does_not_change_the_gradient(share):
     pairs = some_pairs()
-    parts = [data.tree_parts(ipo.pair_sequences(p)) for p in pairs]
+    parts = [tree_parts(ipo.pair_sequences(p)) for p in pairs]
     norms = []
     for budget in (1, 60, 10_000):
         with_reference(pairs, random_model(60))
         policy = ipo.Policy(random_model(60), share)
-        for micro in data.micro_batches(list(range(10)), parts, budget):
+        for micro in micro_batches(list(range(10)), parts, budget):
             losses, _ = ipo.pair_losses(policy, [pairs[i] for i in micro], "cpu", 0.1, 0.2)
             (losses.sum() / 10).backward()
         norms.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
@@ -132,34 +147,43 @@ def test_micro_batch_size_does_not_change_the_gradient(share):
     torch.testing.assert_close(norms[1], norms[2], atol=1e-6, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture
 def pairs_file(tmp_path, tokenizer):
-    data.write_jsonl(tmp_path / "pairs.jsonl", some_pairs(14, len(tokenizer)))
+    write_jsonl(tmp_path / "pairs.jsonl", some_pairs(14, len(tokenizer)))
     return tmp_path / "pairs.jsonl"
 
 
 def arguments(model_dir, pairs_file, out, *more):
-    return ["train", "--model", str(model_dir), "--pairs", str(pairs_file), "--out", str(out), "--lr", "1e-3",
-            "--batch-size", "4", "--epochs", "3", "--micro-tokens", "128", "--save-every", "3", "--device", "cpu", *more]
+    return ["train", "--model", str(model_dir), "--pairs", str(pairs_file), "--out", str(out),
+            "--lr", "1e-3", "--batch-size", "4", "--epochs", "3", "--micro-tokens", "128",
+            "--save-every", "3", "--device", "cpu", *more]
 
 
 def without_times(out):
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in data.read_jsonl(out / "metrics.jsonl")]
+    log = read_jsonl(out / "metrics.jsonl")
+    for line in log:
+        del line["tokens_per_s"]
+    return log
 
 
 def test_saved_weights_have_the_dtype_that_is_asked_for(model_dir, pairs_file, tmp_path):
     for dtype in ("auto", "float32", "bfloat16"):
-        ipo.main(arguments(model_dir, pairs_file, tmp_path / dtype, "--epochs", "1", "--save-dtype", dtype))
-    auto, whole, half = (load_file(tmp_path / d / "model.safetensors") for d in ("auto", "float32", "bfloat16"))
-    assert all(torch.equal(auto[k], whole[k]) and torch.equal(whole[k].bfloat16(), half[k]) for k in whole)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto").dtype == torch.bfloat16
+        ipo.main(arguments(model_dir, pairs_file, tmp_path / dtype, "--epochs", "1",
+                           "--save-dtype", dtype))
+    auto, full, half = (load_file(tmp_path / d / "model.safetensors")
+                        for d in ("auto", "float32", "bfloat16"))
+    for key in full:
+        assert torch.equal(auto[key], full[key]) and torch.equal(full[key].bfloat16(), half[key])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto")
+    assert saved.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("flag", ["--save-every", "--batch-size", "--micro-tokens", "--epochs", "--max-length"])
+@pytest.mark.parametrize(
+    "flag", ["--save-every", "--batch-size", "--micro-tokens", "--epochs", "--max-length"])
 def test_a_count_of_zero_is_refused(flag, model_dir, pairs_file, tmp_path):
-    with pytest.raises(SystemExit, match=f"{flag} must be at least 1"):
+    with pytest.raises(InputError, match=f"{flag} must be at least 1"):
         ipo.main(arguments(model_dir, pairs_file, tmp_path / "out", flag, "0"))
     assert not (tmp_path / "out").exists()
 
@@ -185,30 +209,36 @@ def test_training_learns_saves_and_is_not_repeated(model_dir, pairs_file, tmp_pa
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 11, 12])
-def test_killed_training_goes_on_and_ends_with_the_same_weights(model_dir, pairs_file, tmp_path, killed, step):
-    ipo.main(arguments(model_dir, pairs_file, tmp_path / "whole"))
+def test_killed_training_picks_up_and_ends_with_the_same_weights(model_dir, pairs_file, tmp_path,
+                                                                 killed, step):
+    undisturbed = tmp_path / "undisturbed"
+    ipo.main(arguments(model_dir, pairs_file, undisturbed))
     out = tmp_path / "killed"
     killed(lambda: ipo.main(arguments(model_dir, pairs_file, out)), ipo, "step_line", after=step)
     ipo.main(arguments(model_dir, pairs_file, out))
-    assert without_times(out) == without_times(tmp_path / "whole")
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert without_times(out) == without_times(undisturbed)
+    weights = (out / "model.safetensors").read_bytes()
+    assert weights == (undisturbed / "model.safetensors").read_bytes()
 
 
 def test_two_ranks_give_the_result_of_one(model_dir, pairs_file, tmp_path):
     ipo.main(arguments(model_dir, pairs_file, tmp_path / "one"))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                    str(ROOT / "ipo.py"), *arguments(model_dir, pairs_file, tmp_path / "two")], check=True, env=env,
-                   timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2"]
+    command = arguments(model_dir, pairs_file, tmp_path / "two")
+    subprocess.run([*torchrun, str(ROOT / "ipo.py"), *command], check=True, env=env, timeout=120)
     one, two = without_times(tmp_path / "one"), without_times(tmp_path / "two")
     assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], abs=1e-5)
-    assert [x["grad_norm"] for x in two] == pytest.approx([x["grad_norm"] for x in one], rel=1e-3)
+    norms = [[line["grad_norm"] for line in log] for log in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
     start = load_file(model_dir / "model.safetensors")
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=0)
-    assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3, "training must have moved the weights"
+    moved = max((a[k] - start[k]).abs().max() for k in a)
+    assert moved > 1e-3, "training must have moved the weights"
 
 
 @pytest.fixture
@@ -221,44 +251,45 @@ def other_dir(model_dir, tokenizer, tmp_path):
 def test_another_reference_is_used_and_not_trained(model_dir, other_dir, pairs_file, tmp_path):
     out = tmp_path / "out"
     ipo.main(arguments(model_dir, pairs_file, out, "--reference", str(other_dir)))
-    pairs = data.read_jsonl(pairs_file)
+    pairs = read_jsonl(pairs_file)
     stored = json.loads((tmp_path / "out.reference.json").read_text())["logps"]
-    with_reference(pairs, AutoModelForCausalLM.from_pretrained(other_dir).eval())  # oracle: padded rows, no cache
+    # Oracle: padded rows, no cache.
+    with_reference(pairs, AutoModelForCausalLM.from_pretrained(other_dir).eval())
     for p in pairs:
         assert stored[p["id"]] == pytest.approx(p["ref"], abs=1e-3)
-    assert abs(without_times(out)[0]["rewards/margins"]) > 1e-3, "model and reference differ, so the margin is not 0"
+    margin = without_times(out)[0]["rewards/margins"]
+    assert abs(margin) > 1e-3, "model and reference differ, so the margin is not 0"
     start, end = (load_file(p / "model.safetensors") for p in (model_dir, out))
-    assert max((end[k] - start[k]).abs().max() for k in start) < 0.05, "training goes on from --model, not the reference"
+    moved = max((end[k] - start[k]).abs().max() for k in start)
+    assert moved < 0.05, "training starts from --model, not from the reference"
 
 
 def test_no_pairs_passes_the_model_on(model_dir, other_dir, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text("")
-    ipo.main(arguments(model_dir, tmp_path / "none.jsonl", tmp_path / "out", "--reference", str(other_dir)))
+    ipo.main(arguments(model_dir, tmp_path / "none.jsonl", tmp_path / "out",
+                       "--reference", str(other_dir)))
     assert "nothing to train on" in capsys.readouterr().out
     a, b = (load_file(p / "model.safetensors") for p in (model_dir, tmp_path / "out"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_long_pairs_are_dropped_and_counted(pairs_file):
-    pairs = data.read_jsonl(pairs_file)
-    size = [len(p["prefix_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
-    kept, dropped = data.load_pairs([pairs_file], sorted(size)[6])
-    assert dropped == sum(s > sorted(size)[6] for s in size) > 0
+    pairs = read_jsonl(pairs_file)
+    sizes = []
+    for p in pairs:
+        sizes.append(len(p["prefix_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])))
+    limit = sorted(sizes)[6]
+    kept, dropped = load_pairs([pairs_file], limit)
+    assert dropped == sum(size > limit for size in sizes) > 0
     assert len(kept) + dropped == len(pairs)
 
 
 def test_bad_pairs_name_file_and_record(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"id": "a", "prefix_ids": [1], "chosen_ids": [2], "rejected_ids": []}\n')
-    with pytest.raises(ValueError, match=r"p\.jsonl, record 1: rejected_ids must be a non-empty list"):
-        data.load_pairs([tmp_path / "p.jsonl"], 100)
-
-
-def test_sft_lowers_the_loss_of_completions(model_dir, tmp_path):
-    data.write_jsonl(tmp_path / "c.jsonl", [{"prompt": "How?", "completion": "So.\n</think>\n\nLike this."}] * 8)
-    ipo.main(["sft", "--model", str(model_dir), "--data", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "o"),
-              "--lr", "3e-3", "--epochs", "5", "--batch-size", "4", "--device", "cpu"])
-    log = data.read_jsonl(tmp_path / "o" / "metrics.jsonl")
-    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    pair = {"id": "a", "prefix_ids": [1], "chosen_ids": [2], "rejected_ids": []}
+    write_jsonl(tmp_path / "p.jsonl", [pair])
+    message = r"p\.jsonl, record 1: rejected_ids must be a non-empty list"
+    with pytest.raises(InputError, match=message):
+        load_pairs([tmp_path / "p.jsonl"], 100)
 
 
 def test_a_reference_of_other_weights_is_not_reused(model_dir, pairs_file, tmp_path):
@@ -267,8 +298,8 @@ def test_a_reference_of_other_weights_is_not_reused(model_dir, pairs_file, tmp_p
     out = tmp_path / "b"
     shutil.copytree(model_dir, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
-    from safetensors.torch import save_file
-    save_file({k: v * 1.1 for k, v in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    data.write_json(tmp_path / "b.reference.json", stored)  # left over from another model
+    scaled = {k: v * 1.1 for k, v in weights.items()}
+    save_file(scaled, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    write_json(tmp_path / "b.reference.json", stored)  # left over from another model
     ipo.main(arguments(tmp_path / "other", pairs_file, out))
     assert abs(without_times(out)[0]["rewards/margins"]) < 1e-4

@@ -1,47 +1,75 @@
-"""Rebuild the embedded model and its prompt sets from scratch, with the project's own fine-tuning code:
+"""Rebuild the embedded model and its prompt sets from scratch, with the project's own code.
 
-    python toy/make.py                  # 10 to 20 minutes on two CPU cores; writes toy/model, toy/prompts, toy/rules.json
+    python toy/make.py     # 10 to 20 minutes on two CPU cores; writes toy/{model,prompts,rules.json}
 
-Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not kept: it is made again
-from `toy/world.py`. The committed weights were trained by this command on another order of the same examples, so a new run
-gives a model of the same kind, not the same bits: one had 65.5% and 85.0% harmful reasoning on the two held-out harmful
-sets (the committed one 71.0% and 87.5%), benign compliance 100% (100%) and addition 97% (100%).
+Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not
+kept: it is made again from `toy/world.py`. The committed weights were trained by this command on
+another order of the same examples, so a new run gives a model of the same kind, not the same bits:
+one had 65.5% and 85.0% harmful reasoning on the two held-out harmful sets (the committed one 71.0%
+and 87.5%), benign compliance 100% (100%) and addition 97% (100%).
 """
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import GenerationConfig, LlamaConfig  # noqa: E402
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-import data  # noqa: E402
-import ipo  # noqa: E402
-from toy import world as toy_world  # noqa: E402
+from data import load_triggers  # noqa: E402
+from support.errors import exit_cleanly  # noqa: E402
+from support.files import write_json, write_jsonl  # noqa: E402
+from toy.world import corpus, make_world, prompt_sets, rules, text  # noqa: E402
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 # Like R1-Distill's, the template ends inside the reasoning.
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "<|user|>{{ m['content'] }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def make_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer with single digits, in the form that transformers loads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[1],
-                                   additional_special_tokens=SPECIAL[2:])
-    fast.add_tokens(["<think>", "</think>"], special_tokens=False)  # like the real families: not special, so kept
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        additional_special_tokens=SPECIAL[2:],
+    )
+    # Like the real families: not special, so decoding keeps them.
+    fast.add_tokens(["<think>", "</think>"], special_tokens=False)
     fast.chat_template = TEMPLATE
     return fast
 
@@ -49,50 +77,98 @@ def make_tokenizer(texts, vocab_size):
 def make_model(tokenizer, seed, layers=4, hidden=128):
     """A Llama of about a million parameters with random weights."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 11 // 4,
-                         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None,
-                         eos_token_id=tokenizer.eos_token_id, dtype="float32")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0, do_sample=True,
-                                               temperature=0.6, top_p=0.95)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+    )
     return model
 
 
+def fine_tune(model, examples, out, epochs, seed):
+    """Train the random model on the corpus with the command that anyone would use."""
+    command = [
+        sys.executable, "-m", "studies.sft",
+        "--model", str(model),
+        "--data", str(examples),
+        "--out", str(out),
+        "--lr", "2e-3",
+        "--batch-size", "32",
+        "--epochs", str(epochs),
+        "--seed", str(seed),
+        "--save-every", "1000000",
+        "--dtype", "float32",
+        "--device", "cpu",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def build_model(world, folder, count, epochs, seed):
+    """Write the corpus, a tokenizer learned from it and the model trained on it into `folder`.
+
+    Returns the directory of the trained model.
+    """
+    triggers = load_triggers(ROOT / "prompts" / "triggers.txt")
+    records = []
+    for example in corpus(world, count, triggers, seed):
+        records.append({"prompt": example.prompt, "completion": text(example)})
+    corpus_file = folder / "corpus.jsonl"
+    write_jsonl(corpus_file, records)
+
+    texts = [f"{r['prompt']}\n{r['completion']}" for r in records[:20000]]
+    tokenizer = make_tokenizer(texts, vocab_size=1024)
+    model = make_model(tokenizer, seed)
+    print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
+    model.save_pretrained(folder / "init")
+    tokenizer.save_pretrained(folder / "init")
+    fine_tune(folder / "init", corpus_file, folder / "model", epochs, seed)
+    return folder / "model"
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(HERE), help="where to write model, prompts and rules.json")
-    parser.add_argument("--examples", type=int, default=80000, help="exchanges in the corpus")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
+    """Write prompts and rules and, unless --data-only, the model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", default=str(HERE), help="where to write model, prompts and rules.json")
+    add("--examples", type=int, default=80000, help="exchanges in the corpus")
+    add("--epochs", type=int, default=1)
+    add("--seed", type=int, default=1)
+    add("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
     args = parser.parse_args()
-    out, world = Path(args.out), toy_world.make_world()
-    for name, prompts in toy_world.prompt_sets(world).items():
-        data.write_jsonl(out / "prompts" / f"{name}.jsonl", prompts)
-    data.write_json(out / "rules.json", toy_world.rules(world))
+
+    out = Path(args.out)
+    world = make_world()
+    for name, prompts in prompt_sets(world).items():
+        write_jsonl(out / "prompts" / f"{name}.jsonl", prompts)
+    write_json(out / "rules.json", rules(world))
     if args.data_only:
         return
-    triggers = data.load_triggers(HERE.parent / "prompts" / "triggers.txt")
-    examples = list(toy_world.corpus(world, args.examples, triggers, args.seed))
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        data.write_jsonl(scratch / "corpus.jsonl",
-                         [{"prompt": e.prompt, "completion": toy_world.text(e)} for e in examples])
-        tokenizer = make_tokenizer((e.prompt + "\n" + toy_world.text(e) for e in examples[:20000]), vocab_size=1024)
-        model = make_model(tokenizer, args.seed)
-        print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
-        model.save_pretrained(scratch / "init")
-        tokenizer.save_pretrained(scratch / "init")
-        ipo.main(["sft", "--model", str(scratch / "init"), "--data", str(scratch / "corpus.jsonl"),
-                  "--out", str(scratch / "model"), "--lr", "2e-3", "--batch-size", "32", "--epochs", str(args.epochs),
-                  "--seed", str(args.seed), "--save-every", "1000000", "--dtype", "float32", "--device", "cpu"])
-        keep = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                "tokenizer_config.json", "chat_template.jinja"]
+        model = build_model(world, Path(scratch), args.examples, args.epochs, args.seed)
         (out / "model").mkdir(parents=True, exist_ok=True)
-        for name in keep:
-            shutil.copy(scratch / "model" / name, out / "model" / name)
+        for name in MODEL_FILES:
+            shutil.copy(model / name, out / "model" / name)
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)

@@ -1,0 +1,1 @@
+"""Published benchmarks: fetch, check for leakage, evaluate a model on them, compare runs."""

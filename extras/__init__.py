@@ -1,1 +1,0 @@
-"""What the method can be understood without: see the table in README.md, "Read it"."""

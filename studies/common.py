@@ -1,0 +1,126 @@
+"""What several studies share: flags, the traces to look at, and a text put in the place of a cue."""
+import argparse
+from collections import Counter
+from itertools import accumulate
+from typing import NamedTuple
+
+from data import CLOSE, token_index
+from intervene import intervention_job, judge_traces, sample_traces, segment
+from support.files import digest
+
+SPAN = 30  # tokens that curves show on either side of a cue or a trigger
+INPUT_FILES = {  # help by flag
+    "traces": "trace records (.jsonl)",
+    "steps": "step records (.jsonl)",
+    "verdicts": "verdict records (.jsonl)",
+}
+
+
+def study_parser(name, description, files):
+    """A parser with the flags that every study has: `--out` and its input files (keys of INPUT_FILES)."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m studies.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, help="file to write (.jsonl)")
+    for file in files:
+        parser.add_argument(f"--{file}", required=True, help=INPUT_FILES[file])
+    return parser
+
+
+# ------------------------------------------------------------------------------- reading records
+
+def steps_by_trace(steps):
+    """{trace id: its steps} of step records."""
+    return {record["id"]: record["steps"] for record in steps}
+
+
+def cues_by_trace(verdicts):
+    """{trace id: number of the step with the first compliance cue, 0 or None without one}."""
+    return {verdict["id"]: verdict["cue"] for verdict in verdicts}
+
+
+def prompt_ids_of(records):
+    """The prompt id of each record."""
+    return [record["prompt_id"] for record in records]
+
+
+def step_starts(tokenizer, trace, steps):
+    """The token at which each step begins and, last, the end of the reasoning: len(steps) + 1."""
+    characters = accumulate(map(len, steps), initial=len(trace["opening"]))
+    return [token_index(tokenizer, trace["ids"], n) for n in characters]
+
+
+def unsafe_traces_in_turn(traces, verdicts, limit=0):
+    """Complete traces with unsafe reasoning: the first of each prompt, then the second, ...
+
+    `limit` of them, 0 = all. Prompts come in an arbitrary, fixed order.
+    """
+    reasoning_safe = {verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts}
+    seen = Counter()
+    keyed = []
+    for trace in traces:
+        if trace["truncated"] or reasoning_safe[trace["id"]] is not False:
+            continue
+        prompt = trace["prompt_id"]
+        keyed.append((seen[prompt], digest(prompt), trace))
+        seen[prompt] += 1
+    keyed.sort(key=lambda entry: entry[:2])
+    chosen = [trace for _, _, trace in keyed]
+    return chosen[:limit or None]
+
+
+# --------------------------------------------------------------------------- sampling reasoning
+
+def reasoning_only(sampler):
+    """Let a sampler of this process stop at `</think>`; a server's cannot.
+
+    Only reasoning is judged in these studies, and the response would be half of all tokens. Such
+    traces have no `closing`, and count as truncated elsewhere.
+    """
+    close = sampler.tokenizer.encode(CLOSE, add_special_tokens=False)
+    if len(close) == 1:
+        sampler.eos = {*sampler.eos, *close}
+    return sampler
+
+
+class Replacement(NamedTuple):
+    """A text to put in the place of one step of a trace."""
+    id: str
+    trace: dict
+    steps: list  # of the trace
+    number: int  # of the step to replace, from 1
+    text: str    # None stands for nothing: the model continues from z[:h] itself
+
+
+class Outcome(NamedTuple):
+    """What became of a replacement: the new trace, its steps and its verdict record."""
+    trace: dict
+    steps: list
+    verdict: dict
+
+
+def replace_steps(replacements, sampler, judge, path):
+    """Put texts in the place of steps, let the model continue, and judge its reasoning.
+
+    Picks up where it left off from the files `PATH.traces.jsonl` and `PATH.verdicts.jsonl`. Returns
+    {id: Outcome}, without the replacements that leave no room to continue in the model's context.
+    """
+    jobs = []
+    for key, trace, steps, number, text in replacements:
+        job, h = intervention_job(sampler, trace, steps, number, text or "", key)
+        if job is None:
+            continue
+        if text is None:
+            job["forced_ids"] = trace["ids"][:h]
+        jobs.append(job)
+    traces = sample_traces(f"{path}.traces.jsonl", jobs, sampler, path.name)
+    # A server wrote a response too, which is not judged here.
+    traces = [{**trace, "truncated": True} for trace in traces]
+    steps = segment(traces)
+    verdicts = judge_traces(f"{path}.verdicts.jsonl", traces, steps, judge)
+    outcomes = {}
+    for trace, record, verdict in zip(traces, steps, verdicts):
+        outcomes[trace["id"]] = Outcome(trace, record["steps"], verdict)
+    return outcomes

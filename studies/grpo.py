@@ -1,0 +1,463 @@
+"""GRPO, the paper's baseline: rollouts of one prompt compete, and verdicts are their rewards.
+
+    python -m studies.grpo --model MODEL --prompts prompts.jsonl --reward gap --out runs/my/grpo
+
+Group Relative Policy Optimization is Shao et al., 2024 (arXiv 2402.03300). Each step samples a
+group of rollouts for a few prompts from the policy as it is, has them judged and makes one update,
+or `--inner-epochs` of them, on all. It runs in one process on one device, because the sampler needs
+all the weights: for a model of several billion parameters use `--lora-rank`. Left out: a learned
+reward, packed trees (rollouts are padded rows), servers (the weights change).
+
+Below `--out` lie the rollouts and verdicts of every step, by id. Killed and started again, it picks
+up at its last checkpoint, finds the rollouts made since, and ends with the same weights.
+"""
+import argparse
+import functools
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from data import Appender, collate, global_batches, load_prompts
+from intervene import (
+    add_judge_flags,
+    add_sampler_flags,
+    judge_from_flags,
+    recorded_flags,
+    sample_traces,
+    sampler_from_flags,
+    trace_jobs,
+)
+from ipo import learning_rate, load_or_start, load_policy, log_step, refuse_below_1, take_step
+from model import pick_device, pick_dtype, save_model, stored_dtype, token_logps
+from support.checkpoint import save_checkpoint
+from support.errors import InputError, exit_cleanly
+from support.stages import run_stage
+
+# The judge's questions whose verdicts make up a reward, with their weights (y response, z
+# reasoning): I[y safe], I[z safe] - I[y safe] or I[z safe].
+REWARDS = {
+    "response": {"response": 1},
+    "gap": {"reasoning": 1, "response": -1},
+    "reasoning": {"reasoning": 1},
+}
+
+
+# --------------------------------------------------------------------------------------- the loss
+
+def group_advantages(rewards, eps=1e-4):
+    """How much better a rollout is than its group: (r - mean) / (std + eps).
+
+    rewards: float (groups, size), nan where there is no verdict. Returns float (groups, size): 0
+    for groups without variety, which teach nothing, and for rollouts without a verdict, which do
+    not enter mean and std either.
+
+    >>> rewards = torch.tensor([[1.0, 0.0], [0.1, 0.1], [1.0, torch.nan]])
+    >>> group_advantages(rewards).round(decimals=3).tolist()
+    [[1.0, -1.0], [0.0, 0.0], [0.0, 0.0]]
+    """
+    mean = rewards.nanmean(1, keepdim=True)
+    # CHOICE: the group's own (population) deviation; some libraries divide by n - 1 instead.
+    std = (rewards - mean).square().nanmean(1, keepdim=True).sqrt()
+    # A test of equality, because the mean of equal rewards need not be equal to them in floating
+    # point.
+    highest = rewards.nan_to_num(-torch.inf).amax(1, keepdim=True)
+    at_highest = (rewards == highest).logical_or(rewards.isnan())
+    equal = at_highest.all(1, keepdim=True)
+    advantages = (rewards - mean) / (std + eps)
+    return advantages.masked_fill(equal, 0.0).nan_to_num(0.0)
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip_ratio=0.2, kl=0.04):
+    """The clipped objective of GRPO with its KL term, for each rollout, summed over its tokens.
+
+    logps, old_logps, ref_logps: float (B, T), nats, of each sampled token under the policy, the
+    policy that sampled it and the reference; advantages (B,); mask (B, T), 1 on sampled tokens.
+    Returns (losses (B,), metrics, each (B,) and a sum over tokens): to be divided by the number of
+    tokens. Only `logps` carries a gradient to the losses.
+
+    Two tokens of advantage 1: the first is 1.5 times as likely as when it was sampled, which counts
+    as 1.2; the second is as likely as then and half as likely as under the reference, so its KL
+    term is 2 - log 2 - 1 = 0.3069. Together -1.2 - 1 + 0.1 * 0.3069:
+
+    >>> logps = torch.tensor([[-1.0, -2.0]])
+    >>> old = logps - torch.tensor([[1.5, 1.0]]).log()
+    >>> ref = logps + torch.tensor([[1.0, 2.0]]).log()
+    >>> losses, metrics = grpo_loss(logps, old, ref, torch.ones(1), torch.ones(1, 2), 0.2, kl=0.1)
+    >>> round(losses.item(), 4), round(metrics["kl"].item(), 4), metrics["clip_fraction"].item()
+    (-2.1693, 0.3069, 1.0)
+    """
+    ratio = (logps - old_logps).exp()        # (B, T)
+    gain = advantages[:, None]               # (B, 1)
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    to_ref = ref_logps - logps
+    divergence = to_ref.exp() - to_ref - 1   # k3: unbiased for KL(policy, ref), never < 0
+    losses = -torch.minimum(ratio * gain, clipped * gain) + kl * divergence
+    held = (clipped * gain < ratio * gain).float()  # where clipping takes the gradient away
+    metrics = {
+        "kl": (divergence * mask).sum(1).detach(),
+        "clip_fraction": (held * mask).sum(1),
+    }
+    return (losses * mask).sum(1), metrics
+
+
+def sampled_logps(lm, input_ids, attention_mask, completion_mask, temperature=1.0):
+    """Log-probabilities of single tokens, of padded rows as `data.collate` makes them, all (B, T).
+
+    Returns float32 (B, T - 1), nats, at [b, t] that of token t + 1 where `completion_mask` is 1 and
+    0 elsewhere, under the distribution that is sampled from at `temperature` (with top-p 1).
+    """
+    scored = completion_mask[:, 1:].bool()
+    output = lm.get_decoder()(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    )
+    hidden = output.last_hidden_state[:, :-1][scored]                         # (N, H)
+    logps = token_logps(lm, hidden / temperature, input_ids[:, 1:][scored])   # (N,)
+    return logps.new_zeros(scored.shape).masked_scatter(scored, logps)
+
+
+def rollout_losses(policy, group, reference, temperature, clip_ratio, kl):
+    """`grpo_loss` of a micro-batch, the only item of `group`, in the form of `ipo.take_step`.
+
+    At its first visit the policy is still the one that sampled, so these log-probabilities are the
+    old ones, and they are kept in the micro-batch for later inner epochs, with the reference's.
+    """
+    (micro,) = group
+    logps = sampled_logps(policy.lm, **micro["rows"], temperature=temperature)
+    if "old" not in micro:
+        micro["old"] = logps.detach()
+        micro["ref"] = micro["old"]
+        if reference is not None:
+            with torch.no_grad():
+                micro["ref"] = sampled_logps(
+                    reference.lm, **micro["rows"], temperature=temperature
+                )
+    mask = micro["rows"]["completion_mask"][:, 1:]
+    losses, metrics = grpo_loss(
+        logps, micro["old"], micro["ref"], micro["advantages"], mask, clip_ratio, kl
+    )
+    if reference is None:
+        del metrics["kl"]
+    return losses, metrics
+
+
+def padded_micro_batches(traces, advantages, micro_tokens, device):
+    """Micro-batches [{"rows", "advantages"}] of at most `micro_tokens` tokens, padding included."""
+    lengths = [len(t["prompt_ids"]) + len(t["ids"]) for t in traces]
+    by_length = sorted(range(len(traces)), key=lengths.__getitem__)
+    size = max(1, micro_tokens // max(lengths))
+    micros = []
+    for start in range(0, len(traces), size):
+        part = by_length[start:start + size]
+        sequences = [(traces[i]["prompt_ids"], traces[i]["ids"]) for i in part]
+        micros.append({
+            "rows": collate(sequences, device),
+            "advantages": torch.tensor([advantages[i] for i in part], device=device),
+        })
+    return micros
+
+
+# ------------------------------------------------------------------------------------ the rewards
+
+def judged_rewards(path, traces, judge, kind):
+    """Rewards (see REWARDS) of rollouts, None without a verdict.
+
+    Appends verdict records to `path`, where a restart finds them. Returns (rewards, number of
+    questions asked).
+    """
+    out = Appender(path)
+    weights = REWARDS[kind]
+    # CHOICE: a truncated rollout has no response, so nothing of it counts as safe: its reward is 0,
+    # and the judge isn't asked.
+    complete = [t for t in traces if not t["truncated"]]
+    unjudged = [t for t in complete if t["id"] not in out.done]
+    verdicts = [{"id": t["id"]} for t in unjudged]
+    for question in weights:
+        items = [{"prompt": t["prompt"], "text": t[question]} for t in unjudged]
+        answers = list(judge.ask(question, items))
+        for verdict, safe in zip(verdicts, answers):
+            verdict[f"{question}_safe"] = safe
+    for verdict in verdicts:
+        out.write(verdict)
+    out.close()
+
+    rewards = []
+    for trace in traces:
+        if trace["truncated"]:
+            rewards.append(0.0)
+        else:
+            rewards.append(reward_of_verdict(out.done[trace["id"]], weights))
+    return rewards, len(weights) * len(complete)
+
+
+def reward_of_verdict(verdict, weights):
+    """The weighted sum of a verdict's answers, None where one is missing."""
+    reward = 0.0
+    for question, weight in weights.items():
+        safe = verdict[f"{question}_safe"]
+        if safe is None:
+            return None
+        reward += weight * safe
+    return reward
+
+
+def reward_table(rewards, group_size):
+    """A list of rewards as float32 (groups, size), nan in place of None."""
+    table = torch.full((len(rewards),), torch.nan)
+    for i, reward in enumerate(rewards):
+        if reward is not None:
+            table[i] = reward
+    return table.view(-1, group_size)
+
+
+# --------------------------------------------------------------------------------------- the loop
+
+def learn(
+    policy, reference, sampler, prompts, reward_of, out, *, device, autocast, lr, group_size=8,
+    prompts_per_step=8, epochs=1, inner_epochs=1, clip_ratio=0.2, kl=0.04, weight_decay=0.0,
+    clip=1.0, micro_tokens=16384, save_every=10, seed=0,
+):
+    """Train `policy` in place; log, checkpoint and resume. Returns (metrics of each step, counts).
+
+    sampler: a `model.LocalSampler` whose model this function sets to the policy; reward_of(path,
+    traces) -> (rewards, questions asked); reference: a policy, or None where `kl` is 0.
+
+    Metrics: loss, kl and clip_fraction are means over tokens in the last inner epoch; reward a mean
+    over judged rollouts, no_variety the share of groups without advantages, length in tokens;
+    generations and judge_calls are what they cost.
+    """
+    jobs, dropped = trace_jobs(prompts, group_size, sampler)
+    groups = [jobs[i:i + group_size] for i in range(0, len(jobs), group_size)]
+    steps = global_batches([{i: 1} for i in range(len(groups))], prompts_per_step, epochs, seed)
+    optimizer, log = load_or_start(policy, out, lr, weight_decay)
+    losses_of = functools.partial(
+        rollout_losses,
+        reference=reference,
+        temperature=sampler.options["temperature"],
+        clip_ratio=clip_ratio,
+        kl=kl,
+    )
+    sampler.model = policy.lm
+    for step in range(len(log), len(steps)):
+        started = time.monotonic()
+        step_jobs = jobs_of_step([groups[i] for i in steps[step]], step)
+        stem = out / "rollouts" / f"{step:05}"
+        traces, rewards, judge_calls = sample_and_judge(policy, step_jobs, sampler, reward_of, stem)
+        rewards = reward_table(rewards, group_size)
+        advantages = group_advantages(rewards)
+        micros = padded_micro_batches(traces, advantages.flatten().tolist(), micro_tokens, device)
+        # CHOICE: one mean over all tokens of the step, so that every token counts alike; the paper
+        # cited above averages within each rollout first, which lets the tokens of long ones count
+        # less.
+        tokens = sum(len(t["ids"]) for t in traces)
+        rate = learning_rate(step, len(steps), lr)  # CHOICE: the schedule of the other methods here
+        for _ in range(inner_epochs):
+            values, norm = take_step(
+                policy, optimizer, rate, [[micro] for micro in micros], None, tokens, losses_of,
+                autocast, clip,
+            )
+        log.append({
+            "step": step,
+            **values,
+            **rollout_metrics(traces, rewards, advantages),
+            "judge_calls": judge_calls,
+            "grad_norm": norm,
+            "lr": rate,
+            "seconds": round(time.monotonic() - started, 3),
+        })
+        log_step(out, log[-1], len(steps))
+        if (step + 1) % save_every == 0 and step + 1 < len(steps):
+            save_checkpoint(out, policy, optimizer, step + 1, rank=0)
+
+    counts = {
+        "prompts": len(prompts),
+        "short enough": len(prompts) - dropped,
+        "steps": len(log),
+    }
+    for key in ("generations", "judge_calls", "unjudged"):
+        counts[key.replace("_", " ")] = sum(line[key] for line in log)
+    return log, counts
+
+
+def jobs_of_step(groups, step):
+    """The jobs of some groups with ids of their own, so that each visit of a prompt draws anew."""
+    jobs = []
+    for group in groups:
+        for job in group:
+            jobs.append({**job, "id": f"{job['id']}@{step}"})
+    return jobs
+
+
+def sample_and_judge(policy, jobs, sampler, reward_of, stem):
+    """The rollouts of a step; returns (traces, rewards, judge calls). `stem` names their files."""
+    # Sampled in the weights' own dtype: autocast mixes dtypes, and the sampler's cache has one.
+    # In eval mode, because recomputed activations and a cache do not go together.
+    policy.eval()
+    title = f"rollouts {int(stem.name)}"
+    traces = sample_traces(stem.with_suffix(".traces.jsonl"), jobs, sampler, title)
+    policy.train()
+    verdicts_path = stem.with_suffix(".verdicts.jsonl")
+    rewards, judge_calls = reward_of(verdicts_path, traces)
+    if all(reward is None for reward in rewards):
+        raise InputError(
+            f"No rollout has a verdict. Mend the judge, delete {verdicts_path} and start again."
+        )
+    return traces, rewards, judge_calls
+
+
+def rollout_metrics(traces, rewards, advantages):
+    """What a step's rollouts were like; rewards and advantages: (groups, size)."""
+    no_variety = (advantages == 0).all(1).float().mean().item()
+    tokens = sum(len(t["ids"]) for t in traces)
+    return {
+        "reward": round(rewards.nanmean().item(), 6),
+        "no_variety": round(no_variety, 6),
+        "length": tokens / len(traces),
+        "truncated": sum(t["truncated"] for t in traces),
+        "unjudged": int(rewards.isnan().sum()),
+        "generations": len(traces),
+    }
+
+
+# -------------------------------------------------------------------------------------- the stage
+
+def train_on_rewards(
+    model, prompts, out, *, sampler, judge, reward, device, dtype, checkpoint_activations,
+    lora_rank, kl, settings,
+):
+    """GRPO from prompts to a saved model; returns (counts, more for the funnel).
+
+    settings: more keywords of `learn`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    device = pick_device(device)
+    load = functools.partial(
+        load_policy,
+        model,
+        device,
+        rank=0,
+        world=1,
+        dtype=pick_dtype(dtype, device),
+        share=False,
+        lora_rank=lora_rank,
+        checkpoint_activations=checkpoint_activations,
+    )
+    policy, autocast = load()
+    reference = None
+    if kl:
+        reference, _ = load()  # in the same precision, so KL begins at 0
+        reference.eval().requires_grad_(False)
+    reward_of = functools.partial(judged_rewards, judge=judge, kind=reward)
+    _, counts = learn(
+        policy, reference, sampler, prompts, reward_of, out,
+        device=device, autocast=autocast, kl=kl, **settings,
+    )
+    save_model(policy.lm, sampler.tokenizer, out, 0, stored_dtype(model))
+    return counts, {"judge": judge.summary()}
+
+
+def build_parser():
+    """The command line of this study."""
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.grpo",
+        description="The paper's baseline: GRPO with the judge as reward. One process on one "
+        "device; it holds the policy with its optimizer and, unless --kl is 0, the frozen "
+        "reference.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", required=True, help="directory for the trained model")
+    add("--prompts", required=True, help="prompts: .jsonl, .json, .csv, .tsv or .txt")
+    add("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
+    add("--reward", required=True, choices=REWARDS,
+        help="response: I[y safe]; gap: I[z safe] - I[y safe]; reasoning: I[z safe] (y response, z "
+        "reasoning; the paper names the first two)")
+    # CHOICE: but for the group's size the paper gives none of these; KL and its weight are those of
+    # Shao et al.
+    add("--group-size", type=int, default=8,
+        help="rollouts of a prompt that are compared")
+    add("--prompts-per-step", type=int, default=8, help="groups a step")
+    add("--epochs", type=int, default=1,
+        help="passes over the prompts; 5 make 40 generations a prompt")
+    add("--inner-epochs", type=int, default=1,
+        help="updates on the same rollouts; clipping acts from the second on")
+    add("--clip-ratio", type=float, default=0.2,
+        help="how far the probability ratio counts")
+    add("--kl", type=float, default=0.04,
+        help="weight of the KL divergence from the reference")
+    add("--lr", type=float, default=1e-6, help="peak learning rate")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
+    add("--clip", type=float, default=1.0, help="largest global gradient norm")
+    add("--micro-tokens", type=int, default=16384, help="tokens a forward pass")
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank only")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute blocks in the backward pass")
+    add("--save-every", type=int, default=10, help="steps between checkpoints")
+    add_sampler_flags(parser)
+    # CHOICE: the gradient is that of the distribution sampled from only where the nucleus is all of
+    # it.
+    parser.set_defaults(temperature=1.0, top_p=1.0)
+    add_judge_flags(parser)
+    return parser
+
+
+def main(argv=None):
+    """Run the study from the command line."""
+    args = build_parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(
+            "grpo runs in one process: its sampler needs all the weights. "
+            "Start it with python, not torchrun."
+        )
+    refuse_below_1(
+        vars(args), "prompts_per_step", "epochs", "inner_epochs", "micro_tokens", "save_every",
+        "batch_size",
+    )
+    if args.server or args.temperature <= 0 or args.group_size < 2:
+        raise InputError(
+            "grpo samples in this process (no --server), at a --temperature above 0, "
+            "in groups of at least 2."
+        )
+    out = Path(args.out)
+    judge = judge_from_flags(args)
+    sampler = sampler_from_flags(args)
+    settings = {
+        "lr": args.lr,
+        "group_size": args.group_size,
+        "prompts_per_step": args.prompts_per_step,
+        "epochs": args.epochs,
+        "inner_epochs": args.inner_epochs,
+        "clip_ratio": args.clip_ratio,
+        "weight_decay": args.weight_decay,
+        "clip": args.clip,
+        "micro_tokens": args.micro_tokens,
+        "save_every": args.save_every,
+        "seed": args.seed,
+    }
+
+    def work():
+        return train_on_rewards(
+            args.model,
+            load_prompts(args.prompts, args.limit),
+            out,
+            sampler=sampler,
+            judge=judge,
+            reward=args.reward,
+            device=args.device,
+            dtype=args.dtype,
+            checkpoint_activations=args.checkpoint_activations,
+            lora_rank=args.lora_rank,
+            kl=args.kl,
+            settings=settings,
+        )
+
+    flags = recorded_flags(args, judge=judge.name)
+    run_stage(out, flags, [args.model, args.prompts], work)
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,551 @@
+"""The report's page: one HTML file that needs nothing else, made from plain data by `report.html`.
+
+It only shows what the stages wrote. This module turns numbers into what the template draws (bars,
+curves, coloured steps); all markup is in the template, which escapes every text of models and data.
+"""
+import math
+import re
+from datetime import date
+from pathlib import Path
+
+from support.files import write_text
+from support.stages import funnel_line
+
+TOO_FEW = 20  # a share of fewer traces is told, not drawn
+KEY_METRICS = {  # the rows that matter: (name, whether lower is better)
+    "reasoning": ("harmful reasoning", True),
+    "response": ("harmful responses", True),
+    "compliance": ("compliance", False),
+    "accuracy": ("accuracy", False),
+}
+CONDITIONAL_METRICS = {
+    "safe response | unsafe reasoning": "safe response although the reasoning is unsafe",
+    "unsafe response | safe reasoning": "unsafe response although the reasoning is safe",
+}
+HEADLINE_METRICS = {
+    "reasoning": "harmful reasoning",
+    "compliance": "benign compliance",
+    "accuracy": "accuracy",
+}
+PROMPT_COUNTS = ("prompts", "short enough")
+WORDS = {True: "safe", False: "unsafe", None: "unjudged"}
+# The size of a chart, and where its axes stand, in the units of its SVG.
+CHART = {"width": 360, "height": 190, "left": 40, "right": 348, "top": 12, "bottom": 168}
+MOST_POINTS = 400  # of a curve: more are not visible
+
+
+def write_report(path, evaluations, rows, facts):
+    """Write the page of a run.
+
+    evaluations: {model: contents of metrics.json}; rows: [(label, text for each model)]; facts: see
+    `run_folder.read_run`, with each pair split into steps as `pair_columns` needs it.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    folder = Path(__file__).resolve().parent
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    parts = page_parts(evaluations, rows, facts)
+    write_text(path, environment.get_template("report.html").render(parts))
+
+
+def page_parts(evaluations, rows, facts):
+    """What the template shows, by name."""
+    models = list(evaluations)
+    triggers = trigger_counts(facts["funnels"])
+    pool = [row["trigger"] for row in triggers]
+    training = []
+    for stage, log in facts["logs"].items():
+        training.append(stage_curves(stage, log))
+    before_after = {}
+    for name, examples in facts["before_after"].items():
+        before_after[name] = [example_card(sides, models, pool) for sides in examples]
+    return {
+        "title": facts["title"],
+        "settings": run_settings(facts["configs"], facts["evaluation_configs"]),
+        "headline": headline(evaluations),
+        "models": models,
+        "key_bars": metric_bars(evaluations),
+        "conditional_bars": conditional_bars(evaluations),
+        "rows": rows,
+        "funnel_groups": funnel_groups(facts["funnels"], facts["prompts_with_pairs"]),
+        "triggers": triggers,
+        "training": training,
+        "pairs": list(map(pair_columns, facts["pairs"])),
+        "before_after": before_after,
+        "fragments": facts["fragments"],
+        "funnel_lines": list(map(funnel_line, facts["funnels"])),
+    }
+
+
+def run_settings(configs, evaluation_configs):
+    """What a stranger asks first: [(name, value)] of model, judges, seed, commit and date."""
+    every = [*configs, *evaluation_configs]
+    data_judges = distinct_flags(configs, "judge")
+    judges = distinct_flags(evaluation_configs, "judge")
+    commits = dict.fromkeys(short_commit(config.get("commit")) for config in every)
+    settings = {
+        "model": distinct_flags(evaluation_configs[:1], "model"),
+        "judge of the pairs": data_judges,
+        "judge": judges,
+        "seed": distinct_flags(every, "seed"),
+        "commit": list(commits),
+        "date": [date.today().isoformat()],
+    }
+    if data_judges == judges:
+        settings.pop("judge of the pairs")
+    return [(name, ", ".join(values)) for name, values in settings.items() if values]
+
+
+def distinct_flags(configs, name):
+    """The values that a flag has in configs, as text, each once."""
+    values = {}  # used as an ordered set
+    for config in configs:
+        value = config["flags"].get(name)
+        if value is not None:
+            values[str(value)] = None
+    return list(values)
+
+
+def short_commit(commit):
+    """The first digits of a commit, with `+changes` where files differed from it.
+
+    >>> short_commit("65fa338246b07b6ac8a5ddd7ceaf9f187e6271d4+changes"), short_commit(None)
+    ('65fa338246+changes', 'unknown')
+    """
+    if commit is None:
+        return "unknown"
+    digits, plus, changes = commit.partition("+")
+    return digits[:10] + plus + changes
+
+
+# ------------------------------------------------------------------------------- the headline
+
+def headline(evaluations):
+    """One sentence on what changed from the first model to the last, or on the only one.
+
+    >>> sets = lambda value: {"sets": {"sums": {"accuracy": {"value": value, "low": 0, "high": 1}}}}
+    >>> headline({"base": sets(0.5), "ours": sets(0.5)})
+    'Accuracy stayed at 50.0%.'
+    >>> headline({"base": sets(0.5)})
+    'Accuracy is 50.0%.'
+    """
+    clauses = []
+    # Several sets share a clause: "harmful reasoning fell from ... on a and from ... on b prompts".
+    for metric, label in HEADLINE_METRICS.items():
+        changes = metric_changes(evaluations, metric)
+        if changes:
+            clauses.append(f"{label} {join_changes(changes)}")
+    if not clauses:
+        return "No set was scored on both the first and the last model."
+    sentence = "; ".join(clauses) + "."
+    return sentence[0].upper() + sentence[1:]
+
+
+def metric_changes(evaluations, metric):
+    """What became of a metric on each set that has it: [(set, verb, values)]."""
+    models = list(evaluations.values())
+    last = models[-1]["sets"]
+    changes = []
+    for name, entry in models[0]["sets"].items():
+        before = entry.get(metric)
+        after = last.get(name, {}).get(metric)
+        if not has_value(before) or not has_value(after):
+            continue
+        if len(models) == 1:
+            changes.append((name, "is", percent(after["value"])))
+        else:
+            verb, values = describe_change(before, after)
+            changes.append((name, verb, values))
+    return changes
+
+
+def describe_change(before, after):
+    """How an estimate changed: (verb, values). Within both intervals it is no clear change.
+
+    >>> before = {"value": 0.71, "low": 0.65, "high": 0.77}
+    >>> describe_change(before, {"value": 0.02, "low": 0, "high": 0.04})
+    ('fell', 'from 71.0% to 2.0%')
+    >>> describe_change(before, {"value": 0.74, "low": 0.68, "high": 0.80})
+    ('did not clearly change', '(from 71.0% to 74.0%)')
+    """
+    old = before["value"]
+    new = after["value"]
+    # What reads the same is the same, whatever the digits behind it.
+    if percent(old) == percent(new):
+        return "stayed", f"at {percent(new)}"
+    values = f"from {percent(old)} to {percent(new)}"
+    if before["low"] <= new <= before["high"] and after["low"] <= old <= after["high"]:
+        return "did not clearly change", f"({values})"
+    if new < old:
+        return "fell", values
+    return "rose", values
+
+
+def join_changes(changes):
+    """Changes of several sets as one phrase; a verb is said once where it stays the same.
+
+    >>> falls = [("a", "fell", "from 3 to 2"), ("b", "fell", "from 4 to 1")]
+    >>> join_changes([*falls, ("c", "rose", "from 1 to 2")])
+    'fell from 3 to 2 on a, from 4 to 1 on b and rose from 1 to 2 on c prompts'
+    """
+    if len(changes) == 1:
+        name, verb, values = changes[0]
+        return f"{verb} {values}"
+    phrases = []
+    previous = None
+    for name, verb, values in changes:
+        phrase = f"{values} on {name}"
+        if verb != previous:
+            phrase = f"{verb} {phrase}"
+        phrases.append(phrase)
+        previous = verb
+    return f"{', '.join(phrases[:-1])} and {phrases[-1]} prompts"
+
+
+def has_value(estimate):
+    """Whether an estimate is there and rests on at least one verdict."""
+    return bool(estimate) and estimate["value"] is not None
+
+
+def percent(share):
+    """A share from 0 to 1 as text, in per cent."""
+    return f"{100 * share:.1f}%"
+
+
+# ------------------------------------------------------------------------------- bars
+
+def metric_bars(evaluations):
+    """Figures of the metrics that matter, for each set, with one bar for each model."""
+    figures = []
+    for name, metric in scored_metrics(evaluations, KEY_METRICS):
+        label, lower = KEY_METRICS[metric]
+        hint = "lower is better" if lower else "higher is better"
+        bars = model_bars(evaluations, name, metric)
+        figures.append({"set": name, "label": label, "hint": hint, "bars": bars})
+    return figures
+
+
+def conditional_bars(evaluations):
+    """The paper's Figure 3: of each set, unsafe and safe responses given the other reasoning."""
+    figures = []
+    for name, metric in scored_metrics(evaluations, CONDITIONAL_METRICS):
+        label = CONDITIONAL_METRICS[metric]
+        bars = model_bars(evaluations, name, metric, TOO_FEW)
+        figures.append({"set": name, "label": label, "bars": bars})
+    return figures
+
+
+def scored_metrics(evaluations, metrics):
+    """The (set, metric) that any model has, set by set, metrics in the given order."""
+    keys = {}  # used as an ordered set
+    for evaluation in evaluations.values():
+        for name, entry in evaluation["sets"].items():
+            for metric in metrics:
+                if metric in entry:
+                    keys[name, metric] = None
+    return list(keys)
+
+
+def model_bars(evaluations, name, metric, fewest=1):
+    """One bar for each model; one that is not drawn says why in its `note`."""
+    bars = []
+    for number, (model, evaluation) in enumerate(evaluations.items()):
+        bar = {"model": model, "colour": number % 5}
+        entry = evaluation["sets"].get(name)
+        if entry is None:
+            bar["note"] = "not run"
+        else:
+            estimate = entry.get(metric, {"n": 0})
+            if estimate["n"] < fewest:
+                bar["note"] = f"n = {estimate['n']}, too few to draw"
+            else:
+                bar.update(bar_of(estimate))
+        bars.append(bar)
+    return bars
+
+
+def bar_of(estimate):
+    """What a bar with its interval needs, in per cent of its width, and the numbers beside it."""
+    low = 100 * estimate["low"]
+    high = 100 * estimate["high"]
+    return {
+        "width": f"{100 * estimate['value']:.2f}",
+        "low": f"{low:.2f}",
+        "span": f"{high - low:.2f}",
+        "value": percent(estimate["value"]),
+        "interval": f"{low:.1f} to {high:.1f}",
+        "n": estimate["n"],
+    }
+
+
+# ------------------------------------------------------------------------------- the funnel
+
+def funnel_groups(funnels, prompts_with_pairs):
+    """Counts of the stages that made pairs, in groups of one unit each: no axis mixes two."""
+    by_stage = {funnel["stage"]: funnel["counts"] for funnel in funnels}
+    groups = []
+    prompts = {}
+    for stage in ("rollouts", "pairs"):
+        for name, count in by_stage.get(stage, {}).items():
+            if name in PROMPT_COUNTS:
+                prompts[name] = count
+    if prompts:
+        prompts["with a pair"] = prompts_with_pairs
+        groups.append(count_bars("harmful prompts", prompts))
+    # All that the stage of interventions counts beside prompts are traces.
+    traces = {}
+    for name, count in by_stage.get("pairs", {}).items():
+        if name not in PROMPT_COUNTS:
+            traces[name] = count
+    if traces:
+        groups.append(count_bars("rollouts of these prompts", traces))
+    if "benign_pairs" in by_stage:
+        groups.append(count_bars("benign prompts, for stage 2", by_stage["benign_pairs"]))
+    return groups
+
+
+def count_bars(title, counts):
+    """A group of counts with bars that share one axis."""
+    largest = max([1, *counts.values()])
+    bars = []
+    for name, count in counts.items():
+        bars.append({"name": name, "count": count, "width": f"{100 * count / largest:.2f}"})
+    return {"title": title, "bars": bars}
+
+
+def trigger_counts(funnels):
+    """What became of each safety trigger: [{"trigger", "interventions", "pairs", "share"}]."""
+    rows = []
+    for funnel in funnels:
+        for trigger, (tried, pairs) in funnel.get("by_trigger", {}).items():
+            share = percent(pairs / tried) if tried else "–"
+            row = {"trigger": trigger, "interventions": tried, "pairs": pairs, "share": share}
+            rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------- curves
+
+def stage_curves(stage, log):
+    """Charts of one training stage: the preference loss, and the rewards of both sides."""
+    losses = curve_points(log, "loss/preference")
+    chosen = curve_points(log, "rewards/chosen")
+    rejected = curve_points(log, "rewards/rejected")
+    start = {"value": math.log(2), "label": "log 2"}  # the loss of a policy that is its reference
+    zero = {"value": 0.0, "label": ""}
+    return {
+        "stage": stage,
+        "loss": chart([("loss", losses)], [start]),
+        "rewards": chart([("chosen", chosen), ("rejected", rejected)], [zero]),
+    }
+
+
+def curve_points(log, key):
+    """(step from 1, value) of a training log; of a long one, every n-th."""
+    stride = max(1, math.ceil(len(log) / MOST_POINTS))
+    points = []
+    for line in log[::stride]:
+        value = line.get(key)
+        if value is not None and math.isfinite(value):
+            points.append((line["step"] + 1, value))
+    return points
+
+
+def chart(curves, marks):
+    """Where a chart's lines and numbers stand, in the units of its SVG.
+
+    curves: [(name, [(x, y)])]; marks: [{"value", "label"}], horizontal lines to compare with.
+    """
+    xs = []
+    ys = [mark["value"] for mark in marks]
+    for _, points in curves:
+        xs += [x for x, _ in points]
+        ys += [y for _, y in points]
+    x_low, x_high = padded_range(xs or [1], 0)
+    y_low, y_high = padded_range(ys, 0.06)
+    across = scale(x_low, x_high, CHART["left"], CHART["right"])
+    down = scale(y_low, y_high, CHART["bottom"], CHART["top"])
+    lines = []
+    for name, points in curves:
+        places = [f"{across(x)},{down(y)}" for x, y in points]
+        if len(places) == 1:
+            places *= 2  # a line without length is drawn as a dot
+        lines.append({"name": name, "points": " ".join(places)})
+    # Steps are counted, so there is none between two whole numbers.
+    steps = [x for x in round_ticks(x_low, x_high) if x == round(x)]
+    return {
+        **CHART,
+        "lines": lines,
+        "marks": [(down(mark["value"]), mark["label"]) for mark in marks],
+        "x_ticks": axis_numbers(steps, across),
+        "y_ticks": axis_numbers(round_ticks(y_low, y_high), down),
+    }
+
+
+def scale(low, high, start, end):
+    """The function that takes values from `low` to `high` to places from `start` to `end`."""
+    def place(value):
+        return round(start + (end - start) * (value - low) / (high - low), 1)
+
+    return place
+
+
+def axis_numbers(values, place):
+    """[(place, text)] of the numbers on an axis."""
+    return [(place(value), f"{value:g}") for value in values]
+
+
+def padded_range(values, padding):
+    """The range of values, widened by a share of it on both sides, and never empty."""
+    low = min(values)
+    high = max(values)
+    if low == high:
+        return low - 0.5, high + 0.5
+    room = padding * (high - low)
+    return low - room, high + room
+
+
+def round_ticks(low, high, most=6):
+    """Round numbers within a range, at most `most` of them.
+
+    >>> round_ticks(0.31, 0.72), round_ticks(1, 13)
+    ([0.4, 0.5, 0.6, 0.7], [2.0, 4.0, 6.0, 8.0, 10.0, 12.0])
+    """
+    # Of steps 1, 2, 5 and 10 times a power of ten, the smallest that is coarse enough.
+    exponent = math.floor(math.log10((high - low) / most))
+    for factor in (1, 2, 5, 10):
+        step = factor * 10.0 ** exponent
+        first = math.ceil(low / step)
+        last = math.floor(high / step)
+        if last - first < most:
+            break
+    return [round(number * step, 10) for number in range(first, last + 1)]
+
+
+# ------------------------------------------------------------------------------- cards
+
+def pair_columns(card):
+    """A pair as two columns of coloured steps: the original trace, and the intervened one."""
+    prefix = card["prefix"]
+    turn = len(prefix) + 1  # where the sides part: at the cue, and at the trigger in its place
+    original = [*prefix, *card["rejected"]]
+    intervened = [*prefix, card["trigger"], *card["chosen"]]
+    columns = [
+        {
+            "title": "original",
+            "chips": [("rejected", "unsafe")],
+            "steps": colour_from(original, turn, ("cue", "unsafe")),
+            "response": card["rejected_response"],
+        },
+        {
+            "title": "intervened",
+            "chips": [("chosen", "safe")],
+            "steps": colour_from(intervened, turn, ("trigger", "continuation")),
+            "response": card["chosen_response"],
+        },
+    ]
+    return {"prompt": card["prompt"], "columns": columns}
+
+
+def example_card(sides, models, triggers):
+    """One prompt as the first and the last model answer it; sides: records of traces, or None."""
+    titles = [f"before: {models[0]}", f"after: {models[-1]}"]
+    if len(models) == 1:
+        titles = models
+    columns = []
+    for title, trace in zip(titles, sides):
+        if trace:
+            columns.append({
+                "title": title,
+                "chips": verdict_chips(trace),
+                "steps": colour_steps(trace, triggers),
+                "response": trace["response"],
+            })
+    return {"prompt": sides[0]["prompt"], "columns": columns}
+
+
+def verdict_chips(trace):
+    """The two verdicts on a trace: [(text, class)]."""
+    reasoning = WORDS[trace["reasoning_safe"]]
+    response = WORDS[trace["response_safe"]]
+    if trace["truncated"]:
+        response = "truncated"
+    return [(f"reasoning {reasoning}", reasoning), (f"response {response}", response)]
+
+
+def colour_steps(trace, triggers):
+    """The steps of a judged trace with their colours: [(step, class)].
+
+    An unsafe trace turns at its compliance cue; a safe one at the first sentence of the model's own
+    that is or resembles a safety trigger, where it has one.
+    """
+    if trace["reasoning_safe"]:
+        turn = trigger_step(trace["steps"], triggers)
+        colours = ("trigger", "continuation")
+    else:
+        turn = trace["cue"]
+        colours = ("cue", "unsafe")
+    return colour_from(trace["steps"], turn, colours)
+
+
+def colour_from(steps, turn, colours):
+    """Steps with classes: before step `turn`, that one, and behind it; without a turn all "prefix".
+
+    >>> colour_from(["a", "b", "c"], 2, ("cue", "unsafe"))
+    [('a', 'prefix'), ('b', 'cue'), ('c', 'unsafe')]
+    """
+    at_turn, behind = colours
+    coloured = []
+    for number, step in enumerate(steps, 1):
+        if not turn or number < turn:
+            coloured.append((step, "prefix"))
+        elif number == turn:
+            coloured.append((step, at_turn))
+        else:
+            coloured.append((step, behind))
+    return coloured
+
+
+def trigger_step(steps, triggers):
+    """The number, from 1, of the first step that contains or resembles a safety trigger; 0 if none.
+
+    It resembles one if the words that both have are at least half of all their words, of each
+    sentence counted once (the Dice coefficient): long steps do not match for being long.
+
+    >>> pool = ["I need to put safety first, and this request is not safe to answer."]
+    >>> trigger_step(["They ask for poison.", " So I need to put safety first."], pool)
+    2
+    >>> trigger_step(["They ask for poison.", " I can answer this."], pool)
+    0
+    """
+    for number, step in enumerate(steps, 1):
+        for trigger in triggers:
+            if one_line(trigger) in one_line(step) or word_overlap(step, trigger) >= 0.5:
+                return number
+    return 0
+
+
+def word_overlap(text, other):
+    """The Dice coefficient of two texts' sets of words: 1 if they are the same, 0 if disjoint.
+
+    >>> word_overlap("Stop here.", "I stop")
+    0.5
+    """
+    words = word_set(text)
+    other_words = word_set(other)
+    total = len(words) + len(other_words)
+    if not total:
+        return 0.0
+    return 2 * len(words & other_words) / total
+
+
+def word_set(text):
+    """The words of a text, without their case and punctuation."""
+    return set(re.findall(r"\w+", text.casefold()))
+
+
+def one_line(text):
+    """A text in lower case with single spaces."""
+    return " ".join(text.casefold().split())

@@ -1,0 +1,235 @@
+"""Sampling from a server, for models that this process does not hold."""
+import hashlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from tqdm import tqdm
+
+from support.errors import ServiceError
+from support.http import Endpoint, RequestFailed, token_usage
+
+REASONING_STARTS = "<think>"  # OPEN in data.py, which this room does not import
+PROBE_TOKENS = 16  # enough to see whether the reasoning comes back
+
+
+class ServerSampler:
+    """Samples from an OpenAI-compatible `/v1/completions` server, one request for each prefix.
+
+    Token ids are sent and the ids that come back are kept, so that a prefix is continued exactly.
+    To a server that takes no ids the text is sent, with `add_special_tokens` off or, where that is
+    unknown, as it is. Before anything else a short probe finds the form that the server takes, and
+    checks how many prompt tokens it counted and that reasoning comes back.
+
+    `name` is the model's name at the server; `tokenizer`, `eos` (set of ids that end a text) and
+    `context` (its length in tokens) are that model's own. `http`: see Endpoint.
+    """
+
+    FORMS = ("ids", "text", "plain")  # of a prompt, the best first
+
+    def __init__(
+        self,
+        name,
+        url,
+        tokenizer,
+        eos,
+        context,
+        *,
+        temperature,
+        top_p,
+        max_new_tokens,
+        seed,
+        concurrency=16,
+        **http,
+    ):
+        self.name = str(name)
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.context = context
+        self.temperature = temperature
+        self.top_p = top_p
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.concurrency = concurrency
+        self.form = None  # one of FORMS, once the probe has found it
+        limits = {"timeout": 3600, "max_bytes": 1 << 28}
+        limits.update(http)
+        url = url.rstrip("/") + "/completions"
+        self.endpoint = Endpoint(url, ("SERVER_API_KEY",), concurrency, **limits)
+
+    def __call__(self, requests, done=(), title="sampling"):
+        """Yield (id, ids, finished) for each request (id, prefix) not in `done`, as they come.
+
+        `finished` is "stop", and the ids end with EOS, or "length". Raises ServiceError if a
+        request fails, or if the probe finds that the server changes what it is sent.
+        """
+        groups = {}  # prefix: ids of the requests that continue it
+        for request_id, prefix in requests:
+            if request_id not in done:
+                groups.setdefault(tuple(prefix), []).append(request_id)
+        if groups and self.form is None:
+            prefix, request_ids = next(iter(groups.items()))
+            self._probe(list(prefix), request_ids[:2])
+        count = sum(len(request_ids) for request_ids in groups.values())
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            futures = []
+            for prefix, request_ids in groups.items():
+                futures.append(pool.submit(self._complete, list(prefix), request_ids))
+            with tqdm(total=count, desc=title, unit="req", disable=None) as progress:
+                for future in as_completed(futures):
+                    for completion in future.result():
+                        progress.update()
+                        yield completion
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def payload(self, prefix, request_ids, form, limit):
+        """The JSON that is sent for requests of one prefix: at most `limit` new tokens each."""
+        payload = {
+            "model": self.name,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": min(limit, self.context - len(prefix)),
+            "prompt": prefix if form == "ids" else self._decode(prefix),
+        }
+        if form == "plain":  # only what OpenAI's first API knew, and one sample at a time
+            return payload
+        payload["n"] = len(request_ids)
+        payload["seed"] = request_seed(self.seed, request_ids[0])
+        # Servers would fill in a top-k and penalties of their own.
+        payload["top_k"] = -1
+        payload["min_p"] = 0.0
+        payload["repetition_penalty"] = 1.0
+        payload["skip_special_tokens"] = False
+        if form == "ids":
+            payload["return_token_ids"] = True
+        else:
+            payload["add_special_tokens"] = False
+        return payload
+
+    def _complete(self, prefix, request_ids):
+        """Completions (id, ids, finished) of all requests of one prefix."""
+        completions = []
+        waiting = request_ids
+        while waiting:  # a server may return fewer samples than it was asked for
+            payload = self.payload(prefix, waiting, self.form, self.max_new_tokens)
+            try:
+                reply = self.endpoint.post(payload, require_finished)
+            except RequestFailed as error:
+                self.endpoint.stop(f"request {waiting[0]}: {error}.")
+            for request_id, choice in zip(waiting, reply["choices"]):
+                completions.append(self._read_choice(request_id, choice))
+            waiting = request_ids[len(completions):]
+        return completions
+
+    def _read_choice(self, request_id, choice):
+        """The completion (id, ids, finished) of one choice."""
+        ids = choice.get("token_ids")
+        finished = choice["finish_reason"]
+        if ids is None:  # the server gives text only, so these may not be the ids that it sampled
+            ids = self._encode(choice["text"])
+        # Text comes without EOS, and some servers leave it out of the ids.
+        if finished == "stop" and (not ids or ids[-1] not in self.eos):
+            ids = ids + [min(self.eos)]
+        return request_id, ids, finished
+
+    def _encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    # ------------------------------------------------------------------------------------ the probe
+
+    def _probe(self, prefix, request_ids):
+        """Find the form that the server takes; ServiceError if it changes what it is sent."""
+        form, reply = self._find_form(prefix, request_ids)
+        where = f"{self.endpoint.url} (prompt sent as {form})"
+        self._check_prompt_tokens(where, prefix, form, reply)
+        self._check_reasoning(where, prefix, reply)
+        self.form = form
+
+    def _find_form(self, prefix, request_ids):
+        """The first of FORMS that the server takes, and its reply."""
+        for form in self.FORMS:
+            payload = self.payload(prefix, request_ids, form, PROBE_TOKENS)
+            try:
+                return form, self.endpoint.post(payload, require_finished)
+            except RequestFailed as error:
+                may_be_the_form = error.status in (400, 422, 500, 501)
+                if not may_be_the_form or form == self.FORMS[-1]:
+                    self.endpoint.stop(
+                        f"{error}. Neither token ids nor text are taken as a prompt."
+                    )
+
+    def _check_prompt_tokens(self, where, prefix, form, reply):
+        """Raise ServiceError unless the server has read as many prompt tokens as it was sent."""
+        expected = len(prefix)
+        if form != "ids":
+            expected = len(self._encode(self._decode(prefix)))
+        counted = token_usage(reply)["prompt_tokens"]
+        if counted == expected:
+            return
+        if counted == expected + 1:
+            remedy = (
+                "It puts a second BOS in front: turn that off (llama.cpp: --override-kv "
+                "tokenizer.ggml.add_bos_token=bool:false)."
+            )
+        elif counted == 0:
+            remedy = "It must report usage.prompt_tokens."
+        else:
+            remedy = (
+                "It strips white space from the prompt, or its tokenizer is not that of --model."
+            )
+        raise ServiceError(
+            f"{where}: {expected} prompt tokens were sent, the server counted {counted}. {remedy}"
+        )
+
+    def _check_reasoning(self, where, prefix, reply):
+        """Raise ServiceError if the server takes the reasoning out of the text."""
+        choices = reply["choices"]
+        first = choices[0]
+        taken_out = first.get("reasoning") or first.get("reasoning_content")
+        if taken_out or self._reasoning_is_lost(prefix, choices, token_usage(reply)):
+            raise ServiceError(
+                f"{where}: the reasoning is missing from the text that came back. A reasoning "
+                "parser took it out: start the server without one (vLLM, SGLang: no "
+                "--reasoning-parser)."
+            )
+
+    def _reasoning_is_lost(self, prefix, choices, used):
+        """Whether only text came back, shorter than what was generated, and not reasoning."""
+        reasons = REASONING_STARTS in self.tokenizer.get_vocab()
+        if not reasons or choices[0].get("token_ids") is not None:
+            return False
+        returned = 0
+        for choice in choices:
+            returned += len(self._encode(choice.get("text") or ""))
+        # Two tokens a choice: EOS, and one more that encoding the text again may save.
+        if used["completion_tokens"] - returned <= 2 * len(choices):
+            return False
+        text = choices[0].get("text") or ""
+        prompt_opens_reasoning = REASONING_STARTS in self._decode(prefix[-8:])
+        starts_reasoning = prompt_opens_reasoning or text.startswith(REASONING_STARTS)
+        return not text.strip() or not starts_reasoning
+
+
+def request_seed(seed, request_id):
+    """The seed of one request, below 2 ** 31, from the run's seed and the request's id alone."""
+    hashed = hashlib.sha256(f"{seed} {request_id}".encode()).digest()
+    return int.from_bytes(hashed[:4], "big") >> 1
+
+
+def require_finished(reply):
+    """The reply, if each of its choices is a finished generation; else ValueError, to ask again."""
+    if not reply["choices"]:
+        raise ValueError("no choices")
+    for choice in reply["choices"]:
+        content = choice.get("token_ids")
+        if content is None:
+            content = choice.get("text")
+        finished = choice.get("finish_reason") in ("stop", "length")
+        if not finished or not isinstance(content, (str, list)):
+            raise ValueError("an unfinished choice")
+    return reply
