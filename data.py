@@ -1,54 +1,59 @@
 """Records, prompts, text and tokens, batches: what the other four modules pass to each other.
 
 This is the first of five files (data -> model -> intervene -> ipo -> evaluate). A run is a folder
-of JSON-lines files; stages append records as they are made and skip the ids that they find:
+of JSON-lines files; stages append records as they are made and skip the ids that they find. The
+stages are those of run.sh; "eval." is evaluate.py. In comments, `PAPER:` marks a deviation from the
+paper, `CHOICE:` a decision that the paper leaves open.
 
   field              type         written by         read by          what it is
 
-  PROMPT, one a line of a prompt file
+  PROMPT: prompt files, one record per line
   id, prompt         str          you                rollouts, eval.  further columns are kept
-  label, answer      str          you                evaluation       where the kind of set needs it
+  label, answer      str          you                eval.            where the kind of set needs it
 
-  TRACE: rollouts.jsonl, pairs.rounds/*.traces.jsonl, eval/MODEL/SET.traces.jsonl
-  id                 str          rollouts, pairs    all later ones   PROMPT_ID#SAMPLE, ...@ROUND
-  prompt_id, sample  str, int     rollouts           pairs, eval.     k takes the k-th trigger
-  prompt             str          rollouts           judge, report
-  prompt_ids         [int]        rollouts           pairs            by the chat template
-  ids                [int]        rollouts, pairs    pairs            every token after the prompt
-  forced             int          pairs              studies          first ids, not sampled
+  TRACE: rollouts.jsonl, benign_*.jsonl, *.rounds/*.traces.jsonl, eval/MODEL/SET.traces.jsonl
+  id                 str          rollouts, pairs,   every later one  PROMPT_ID#SAMPLE, + @ROUND or
+                                  benign, eval.                       @reverse after an intervention
+  prompt_id, sample  str, int     as id              pairs, eval.     sample k, trigger k
+  prompt             str          as id              judge, report
+  prompt_ids         [int]        as id              pairs, benign    prompt in the chat template
+  ids                [int]        as id              pairs, benign    every token after the prompt
+  forced             int          as id              studies          z[:h] + trigger: how many of
+                                                                      `ids` were not sampled
   opening, reasoning, closing, response
-                     str          rollouts, pairs    judge, report    the text of `ids`, taken apart
-  finished           str          rollouts, pairs                     "stop" or "length"
-  truncated          bool         rollouts, pairs    judge, pairs     it never closed its reasoning
+                     str          as id              judge, report    the text of `ids`, taken apart
+  finished           str          as id                               "stop" or "length"
+  truncated          bool         as id              judge, pairs     cut off before its end
 
-  STEPS: steps.jsonl
-  id, steps          str, [str]   steps              judge, pairs     they join to `reasoning`
+  STEPS: steps.jsonl, eval/MODEL/SET.steps.jsonl
+  id, steps          str, [str]   steps, eval.       judge, pairs     joined, they are `reasoning`
 
-  VERDICT: verdicts.jsonl; a missing verdict is None, it is counted and never a label
-  id                 str          judge, evaluation  pairs, report    of the trace
+  VERDICT: verdicts.jsonl, *.rounds/*.verdicts.jsonl, eval/MODEL/SET.verdicts.jsonl
+  id                 str          judge, eval.       pairs, report    of the trace
   reasoning_safe, response_safe
-                     bool, None   judge, evaluation  pairs, report
-  cue                int, None    judge, evaluation  pairs, report    first compliance cue, 0 = none
-  class, correct     str, bool    evaluation         report           on benign sets, on tasks
+                     bool, None   judge, eval.       pairs, report    None: not asked (a truncated
+  cue                int, None    judge, eval.       pairs, report    trace has no response, a safe
+                                                                      one no cue), or not valid
+  class, correct     str, bool    eval.              report           of benign sets, of tasks
 
   PAIR: pairs.jsonl, benign_pairs.jsonl
-  id, prompt_id      str          pairs, benign      train, report    id of the corrected trace
+  id, prompt_id      str          pairs, benign      train, report    id of the intervened trace
   source, interventions
-                     str, int     pairs, benign                       "harmful" or "benign"; rounds
-  h, n_prompt        int, int     pairs, benign      train            tokens: shared trace, prompt
+                     str, int     pairs, benign                       "harmful", "benign"; round
+  h, n_prompt        int, int     pairs, benign      train            tokens in z[:h], in the prompt
   prompt, prefix, trigger, chosen, rejected
-                     str          pairs, benign      report           the same as text
+                     str          pairs, benign      report           as text; `prefix` is z[:h]
   prefix_ids         [int]        pairs, benign      train            prompt_ids + ids[:h]
   chosen_ids, rejected_ids
                      [int]        pairs, benign      train            from h to the end of each
 
-  METRICS of training: stage1/metrics.jsonl, a line a step
+  METRICS of training: stage1/metrics.jsonl, one record per update
   step, loss/..., rewards/..., logps/..., grad_norm, lr, tokens_per_s
                      float        train              report           means over the batch's pairs
 
   METRICS of evaluation: eval/MODEL/metrics.json
-  sets               dict         evaluation         report, compare  {set: {metric: estimate}}
-  estimate           dict         evaluation         report, compare  value, low, high, n, ...
+  sets               dict         eval.              report, compare  {set: {metric: estimate}}
+  estimate           dict         eval.              report, compare  value, low, high, n, ...
 """
 import random
 from pathlib import Path
@@ -244,7 +249,7 @@ def token_index(tokenizer, ids, char):
 # -------------------------------------------------------------- what samplers are asked and answer
 
 class Request(NamedTuple):
-    """One generation to make. `id` names it and seeds its own random generator."""
+    """One generation to make: `id` names it and seeds its own random numbers."""
     id: str
     prefix: list  # token ids: prompt, or prompt + z[:h] + trigger
 
@@ -315,8 +320,14 @@ def collate(sequences, device="cpu"):
     }
 
 
-# Below, `parts` describes what each example costs: a dict {part: tokens} whose first key is the
-# prefix (see `support.trees.tree_parts`). Equal parts are computed once in a row of trees.
+# Sequences with one prefix are computed as a tree: the prefix is its trunk, computed once, and
+# each different completion a branch (support/trees.py).
+#
+#     prompt, z[:h] ──┬── chosen: trigger, continuation, response      one trunk,
+#                     └── rejected: cue, rest, response                 two branches
+#
+# Below, `parts` says what each example costs: for each a dict {part: tokens}, the trunk first.
+# Equal parts have equal keys, so that what examples share is counted once.
 
 def batch_tokens(indices, parts):
     """Tokens in the row of some examples, equal parts counted once."""
@@ -327,19 +338,19 @@ def batch_tokens(indices, parts):
 
 
 def _by_tree(indices, parts):
-    """The examples grouped by their prefix."""
+    """The examples grouped by their trunk."""
     trees = {}
     for i in indices:
-        prefix = next(iter(parts[i]))
-        trees.setdefault(prefix, []).append(i)
+        trunk = next(iter(parts[i]))
+        trees.setdefault(trunk, []).append(i)
     return list(trees.values())
 
 
 def global_batches(parts, batch_size, epochs, seed):
-    """Index lists, one a step: every example once an epoch, in an order drawn from the seed.
+    """Index lists, one per update: every example once per epoch, in an order drawn from the seed.
 
-    Whole trees are shuffled, so that examples with one prefix meet in one batch (CHOICE) and the
-    prefix is computed once; a batch holds `batch_size` examples even if that divides a tree.
+    CHOICE: whole trees are shuffled, so that examples with one trunk usually share a batch and the
+    trunk is computed once. A batch holds `batch_size` examples, even where that divides a tree.
 
     >>> [sorted(b) for b in global_batches([{"x": 2}, {"y": 2}, {"x": 2}], 3, 2, seed=0)]
     [[0, 1, 2], [0, 1, 2]]
@@ -359,7 +370,7 @@ def micro_batches(indices, parts, budget, rank=0, world=1):
 
     A single example may exceed the budget. Trees go to the rank with the least to do, the largest
     first. Every rank gets the same number of lists (some may be empty), because sharded ranks that
-    make different numbers of forward passes wait for each other for ever.
+    make different numbers of forward passes wait for each other forever.
 
     >>> parts = [{"x": 9, "a": 4}, {"y": 9, "b": 4}, {"x": 9, "c": 4}]  # 0 and 2 share a prefix
     >>> [micro_batches([0, 1, 2], parts, 17, rank, world=2) for rank in (0, 1)]

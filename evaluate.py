@@ -82,7 +82,7 @@ def score_harmful(path, traces, steps, prompts, judge):
     verdicts = []
     judged = Counter()
     for trace, verdict in zip(traces, judge_traces(path, traces, steps, judge)):
-        # A truncated trace has no response: no verdict on it is missing.
+        # A truncated trace has no response, so None there is not a missing verdict.
         verdicts.append({**verdict, "truncated": trace["truncated"]})
         judged[verdict["reasoning_safe"], verdict["response_safe"]] += 1
     counts = {
@@ -233,7 +233,7 @@ def always(metric, prompt):
 
 
 def not_of_reasoning(metric, prompt):
-    """A truncated trace has reasoning to judge, so it counts only for metrics of the response."""
+    """A truncated trace has reasoning to judge: it counts for `response` and `rubric` alone."""
     return "reasoning" not in metric
 
 
@@ -339,7 +339,7 @@ def evaluate_set(name, kind, prompts, sampler, judge, folder, samples=1):
 def evaluate_sets(sets, kinds, loaded, samples, sampler, judge, folder):
     """Evaluate one model on all sets, write metrics.json into `folder`, and return the counts.
 
-    sets: as `parse_sets` gives them; loaded: {name: prompts}; samples: {name: samples a prompt}.
+    sets: as `parse_sets` gives them; loaded: {name: prompts}; samples: {name: samples per prompt}.
     """
     folder = Path(folder)
     metrics = {}
@@ -448,7 +448,8 @@ def in_columns(lines):
 
 def pair_card(pair):
     """A pair taken apart for the report: shared steps, and each side's reasoning and response."""
-    # The chosen side begins with the trigger, but for white space.
+    # The chosen side begins with the trigger, but for white space. (Only pairs of harmful prompts
+    # are shown, so there is one.)
     lead, trigger, rest = pair["chosen"].partition(pair["trigger"])
     chosen = split_reasoning(rest)
     rejected = split_reasoning(pair["rejected"])
@@ -466,14 +467,15 @@ def pair_card(pair):
 def make_report(run, specs, out, examples=6):
     """Print the before/after table and write the report, one HTML file that needs nothing else.
 
-    run: folder of a run; specs: its evaluations, see `read_evaluations`; examples: cards of a kind.
+    run: folder of a run; specs: its evaluations, see `read_evaluations`; examples: how many cards
+    of each sort to show.
     """
     folders, evaluations = read_evaluations(specs)
     rows = format_rows(metric_rows(evaluations))
     # Sets of any kind whose reasoning was judged have coloured traces to show.
     first, *_ = evaluations.values()
-    harmful_sets = [name for name, entry in first["sets"].items() if "reasoning" in entry]
-    facts = read_run(Path(run), folders, harmful_sets, examples)
+    judged_sets = [name for name, entry in first["sets"].items() if "reasoning" in entry]
+    facts = read_run(Path(run), folders, judged_sets, examples)
     facts["pairs"] = list(map(pair_card, facts["pairs"]))
     write_report(out, evaluations, rows, facts)
     print(in_columns([("", *evaluations), *rows]))
@@ -536,7 +538,7 @@ def build_parser():
     p.add_argument("--out", help="folder to write (default: runs/eval/NAME of the model)")
     p.add_argument("--set", nargs="+", required=True, metavar="NAME=KIND:FILE",
                    help=f"prompts to evaluate on; KIND is {', '.join(KINDS)}")
-    p.add_argument("--samples", type=int, default=1, help="samples a prompt")
+    p.add_argument("--samples", type=int, default=1, help="samples per prompt")
     p.add_argument("--limit", type=int, default=0,
                    help="use only the first prompts of each set; 0 = all")
     add_sampler_flags(p)

@@ -3,11 +3,11 @@
     python intervene.py rollouts --model M --prompts prompts.jsonl --out runs/my/rollouts.jsonl
     python intervene.py {steps,judge,pairs,benign} --help        # run.sh calls them in this order
 
-A *trace* is everything a model wrote after a prompt. Its record holds token ids (`prompt_ids`,
-`ids`), of which the first `forced` were put there by an intervention and the rest were sampled. All
-cutting is done on those ids, and no prefix is ever encoded again.
+A *trace* is everything that follows a prompt: z, the reasoning, and y, the response. Its record
+holds token ids, of which an intervention gave the first `forced` (z[:h] and the trigger) and the
+model sampled the rest. All cutting is done on those ids, and no prefix is ever encoded again.
 
-Where a fork changes things: for another judge, add a branch to `make_judge` (the table above
+Where to change things: for another judge, add a branch to `make_judge` (the table above
 `LABELS` says what a judge answers) or edit its prompts, prompts/judge_*.txt; for other triggers,
 edit prompts/triggers.txt or pass --triggers FILE; for another source of samples, add a branch to
 `sampler_from_flags`.
@@ -159,12 +159,14 @@ def _ends_step(text: str, start: int, match: re.Match) -> bool:
 #   "compliance"   prompt, text    "full", "partial" or "refusal"
 #   "strongreject" prompt, text    refusal 0/1, convincing and specific 1..5 as digits: "034"
 #
+# As in the paper a cue is never the first step, which restates the request. A judge may lack
+# questions that nobody asks it.
 # An item is {"prompt": str, "text": str} or {"prompt": str, "steps": [str, ...]}. An answer of
 # None means that there is no valid verdict; it is counted and never turned into a label. A judge
 # also has a `name`, which is recorded with its verdicts, and a `summary()` of what came of its
 # questions, a dict of numbers.
 
-# The words that a reply may end with, and the answer that each stands for; a cue is a number.
+# The words that a reply may hold, and the answer that each stands for; a cue is a number.
 LABELS = {
     "reasoning": {"safe": True, "unsafe": False},
     "response": {"safe": True, "unsafe": False},
@@ -449,7 +451,7 @@ class RulesJudge:
         self.rules["harmful_name"] = rf"\b({names})\b"
 
     def ask(self, question, items):
-        """See the table above; never None."""
+        """Answers to `question`, see the table above LABELS; never None."""
         return map(getattr(self, f"_{question}"), items)
 
     def summary(self):
@@ -604,8 +606,8 @@ def judge_traces(path, traces, steps, judge, chunk=256):
 
 def complied(judge, traces):
     """Whether each response answers its benign prompt in full: a list of True, False or None."""
-    answers = judge.ask("compliance", _texts(traces, "response"))
-    return [answer and answer == "full" for answer in answers]
+    full = {"full": True, "partial": False, "refusal": False, None: None}
+    return [full[answer] for answer in judge.ask("compliance", _texts(traces, "response"))]
 
 
 # -------------------------------------------------------------------------- interventions and pairs
@@ -662,7 +664,7 @@ def make_pair(tokenizer, eos, trace, corrected, h, trigger, **origin):
     """The pair record of Algorithm 1: `corrected` preferred over `trace`, from token h on.
 
     `prefix_ids` = prompt + z[:h] are shared token for token. Tokens that both sides still share
-    after h stay where they are: they cancel in the loss. Returns None where both sides are equal.
+    after h stay where they are: they cancel in L_pref. Returns None where both sides are equal.
     """
     # The trigger stands at the head of `chosen`: its tokens are scored, the model must learn them.
     prefix = trace["ids"][:h]
@@ -783,9 +785,9 @@ def count_rollouts(rollouts):
 def benign_pairs(base, current, triggers, sampler, judge, folder):
     """Stage 2: pairs that prefer the base model's answer to a benign prompt over a refusal.
 
-    CHOICE: rejected is the current (stage-1) model's own refusal where it refuses; elsewhere it is
-    provoked by the same substitution in reverse. `base` and `current` are traces of the two models
-    on the same prompts. Returns (pairs, counts).
+    CHOICE: rejected is the current (stage-1) model's own refusal where it refuses; elsewhere a
+    refusal that a trigger in place of the first helpful step provokes. `base` and `current` are
+    traces of the two models on the same prompts. Returns (pairs, counts).
     """
     complete = [t for t in base if not t["truncated"]]
     answered = [t for t, full in zip(complete, complied(judge, complete)) if full]
@@ -829,7 +831,7 @@ def own_refusals(answered, current, judge):
 
 
 def provoked_refusals(path, answered, triggers, sampler, judge):
-    """Put a trigger in place of the first helpful step of each answer, let the current model go on.
+    """Put a trigger in place of each answer's first helpful step; the current model continues.
 
     Returns (number of traces tried, list of (answer, h, trigger, refusal)).
     """
@@ -856,11 +858,12 @@ def provoked_refusals(path, answered, triggers, sampler, judge):
 
 # ------------------------------------------------------------------------------------------- stages
 #
-# Each takes flags as keywords (those of others go by in `_`), a judge and a sampler where it needs
-# them, writes `out`, and returns (counts, more for the funnel).
+# Each takes its flags as keywords (`**_` ignores those of other stages), a judge and a sampler
+# where it needs them, writes `out`, and returns (counts, more). Both go into NAME.funnel.json: a
+# funnel counts what came in, what was left after each step, and what went out.
 
 def run_rollouts(out, prompts, limit, samples, sampler, **_):
-    """Stage `rollouts`."""
+    """Stage `rollouts`: sample `samples` traces for each prompt."""
     loaded = load_prompts(prompts, limit)
     jobs, dropped = trace_jobs(loaded, samples, sampler)
     traces = sample_traces(out, jobs, sampler, Path(out).stem)
@@ -874,14 +877,14 @@ def run_rollouts(out, prompts, limit, samples, sampler, **_):
 
 
 def run_steps(out, traces, **_):
-    """Stage `steps`."""
+    """Stage `steps`: cut the reasoning of each trace into sentences."""
     records = segment(read_jsonl(traces))
     write_jsonl(out, records)
     return {"traces": len(records), "steps": sum(len(r["steps"]) for r in records)}, {}
 
 
 def run_judge(out, traces, steps, judge, **_):
-    """Stage `judge`."""
+    """Stage `judge`: verdicts on reasoning and response, and the first cue."""
     verdicts = judge_traces(out, read_jsonl(traces), read_jsonl(steps), judge)
     reasoning = Counter(v["reasoning_safe"] for v in verdicts)
     responses = Counter(v["response_safe"] for v in verdicts)
@@ -897,7 +900,7 @@ def run_judge(out, traces, steps, judge, **_):
 
 
 def run_pairs(out, traces, steps, verdicts, triggers, sampler, judge, max_interventions, **_):
-    """Stage `pairs`."""
+    """Stage `pairs`: Algorithm 1 on judged rollouts."""
     records = [read_jsonl(path) for path in (traces, steps, verdicts)]
     pool = load_triggers(triggers)
     folder = Path(out).with_suffix(".rounds")
@@ -909,7 +912,7 @@ def run_pairs(out, traces, steps, verdicts, triggers, sampler, judge, max_interv
 
 
 def run_benign(out, base, traces, triggers, sampler, judge, **_):
-    """Stage `benign`."""
+    """Stage `benign`: pairs against over-refusal, for stage 2 of the training."""
     records = [read_jsonl(path) for path in (base, traces)]
     pool = load_triggers(triggers)
     pairs, counts = benign_pairs(*records, pool, sampler, judge, Path(out).with_suffix(".rounds"))
@@ -1032,7 +1035,7 @@ def build_parser():
         if name in ("pairs", "benign"):
             add("--triggers", default=DEFAULT_TRIGGERS, help="safety triggers, one a line")
         if name == "rollouts":
-            add("--samples", type=int, default=6, help="rollouts a prompt (one for each trigger)")
+            add("--samples", type=int, default=6, help="rollouts per prompt (one for each trigger)")
             add("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
         if name == "pairs":
             add("--max-interventions", type=int, default=1,

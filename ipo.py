@@ -8,10 +8,10 @@ never `ipo_loss`.)
 
 The loop is plain: global batches drawn from a seed, each rank's share cut into micro-batches,
 AdamW, cosine schedule. There is no resident reference model: its log-probabilities are computed
-once, before the first update, by the same code on the same weights, so the first loss is log 2 and
-the first margins are 0. Several processes shard the model with `fully_shard`, one block at a time;
-every sum is divided by the *global* count, so the result depends neither on the number of ranks
-nor on the size of the micro-batches.
+once, before the first update, by the same code. Without `--reference` it is the policy itself
+before that update, so `loss/preference` starts at log 2 and the margins at 0. Several processes
+shard the model with `fully_shard`, one block at a time; every sum is divided by the *global* count,
+so the result depends neither on the number of ranks nor on the size of the micro-batches.
 """
 import argparse
 import contextlib
@@ -56,6 +56,9 @@ def preference_loss(policy_chosen_logps, policy_rejected_logps,
     >>> round(losses.item(), 4)                                           # log 2: no preference yet
     0.6931
     """
+    # With z the original trace, z~ the intervened one and h where they part, Eq. 4 is
+    # -log sigmoid(beta * (log pi(z~[h:])/ref(z~[h:]) - log pi(z[h:])/ref(z[h:]))), each
+    # probability given the prompt and z[:h].
     # (B,) log pi(z~[h:]) - log ref(z~[h:])
     chosen_logratios = policy_chosen_logps - ref_chosen_logps
     # (B,) log pi(z[h:]) - log ref(z[h:])
@@ -120,11 +123,11 @@ def start_distributed(device_name):
 
 def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activations=False,
                 share=True, lora_rank=0, compiled=False):
-    """Build, shard and fill the policy; no rank ever holds more than its own part of the weights.
+    """Build, shard and fill the policy; loading never allocates more than a rank's own shard.
 
     Trained weights are float32: at these learning rates an update is smaller than bfloat16 can
-    resolve. They are computed with in `dtype`. Returns (policy, autocast): `autocast()` is the
-    context manager for every forward pass.
+    resolve. Forward and backward passes compute in `dtype`. Returns (policy, autocast), where
+    `autocast()` is the context manager for every forward pass.
     """
     # On the meta device, so shapes without memory: a rank never allocates what it won't hold.
     lm = empty_model(path, attn, lora_rank, dtype)
@@ -145,7 +148,7 @@ def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activa
         for block in blocks:  # not the attention: its shapes change with every tree
             block.mlp.compile(dynamic=True)
     if world > 1 or dtype == torch.float32:
-        return policy, contextlib.nullcontext  # FSDP casts by itself
+        return policy, contextlib.nullcontext  # FSDP casts by itself; float32 needs no cast
     return policy, functools.partial(torch.autocast, device.type, dtype)
 
 
@@ -223,7 +226,8 @@ def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
         for i, ref in zip(micro, by_pair):
             pairs[i]["ref"] = ref
     if hasattr(policy, "reshard"):
-        # FSDP leaves the root gathered after a forward; an optimizer made now would miss it.
+        # FSDP leaves the root gathered after a forward. An optimizer made now would hold those
+        # gathered weights instead of the shards that are trained.
         policy.reshard()
 
 
@@ -307,8 +311,8 @@ def take_step(policy, optimizer, rate, groups, spare, total, losses_of, autocast
         with autocast():
             losses, metrics = losses_of(policy, group or spare)
         weight = 1 if group else 0  # an empty micro-batch takes part with weight 0
-        # FSDP averages gradients over ranks; times world makes it the sum, over the global count
-        # the mean.
+        # FSDP averages gradients over ranks: times `world` turns that into their sum, and over the
+        # global count `total` that sum is the mean over the batch.
         (losses.sum() * weight * world / total).backward()
         for name, values in {"loss": losses, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + values.detach().float().sum() * weight
@@ -335,8 +339,8 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
     """Minimise the mean of `losses_of(policy, examples)` over global batches.
 
     examples: list; parts: the tokens that each costs (`token_parts`); batches: from
-    `data.global_batches`. Writes `out/metrics.jsonl`, one line a step, and a checkpoint every
-    `save_every` steps. Killed and started again, it picks up at the last checkpoint and ends with
+    `data.global_batches`. Writes `out/metrics.jsonl`, one line per update, and a checkpoint every
+    `save_every` updates. Killed and started again, it picks up at the last checkpoint and ends with
     the same weights. Returns the list of metrics.
     """
     if not examples:
@@ -377,7 +381,7 @@ def log_step(out, line, steps, rank=0):
                          "Lower --lr, or look for a broken pair.")
 
 
-SHOWN = {
+SHOWN = {  # metrics that are printed, and how; some are those of studies/grpo.py
     "loss": "loss",
     "rewards/margins": "margin",
     "rewards/accuracies": "accuracy",
@@ -504,7 +508,7 @@ def add_size_flags(parser):
     add("--model", required=True,
         help="model to start from: directory or hub name")
     add("--micro-tokens", type=int, default=16384,
-        help="tokens a forward pass, a rank")
+        help="tokens per forward pass and rank")
     add("--lora-rank", type=int, default=0,
         help="train adapters of this rank only; try --lr 1e-4")
     add("--checkpoint-activations", action="store_true",
@@ -523,7 +527,7 @@ def add_training_flags(parser, lr):
     add("--epochs", type=int, default=1,
         help="passes over the examples")
     add("--batch-size", type=int, default=32,
-        help="examples a step, over all ranks")
+        help="examples per update, over all ranks")
     add("--max-length", type=int, default=16384,
         help="longer examples are dropped and counted")
     add("--weight-decay", type=float, default=0.0,
@@ -539,7 +543,7 @@ def add_training_flags(parser, lr):
     add("--no-share", action="store_true",
         help="the plain way: padded rows, prefixes computed anew")
     add("--defer-sync", action="store_true",
-        help="reduce gradients once a step; each rank then holds all of them, in float32")
+        help="reduce gradients once per update; each rank then holds all of them, in float32")
     add("--compile", action="store_true",
         help="compile the feed-forward layers")
     add("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"),
@@ -605,9 +609,9 @@ def build_parser():
         help="directory for the trained model")
     add("--pairs", required=True, nargs="+",
         help="files of pair records")
-    # CHOICE: stage 2 keeps the base model as reference, so that harmful pairs, which stage 1 has
-    # learned, hardly pull any more; with stage 1 as reference they start again at log 2 and wear
-    # the language down.
+    # CHOICE: stage 2 keeps the base model as reference, so that the harmful pairs, which stage 1
+    # has learned, give little gradient. With stage 1 as reference they start again at log 2, and
+    # the embedded model's language degraded.
     add("--reference",
         help="the frozen model of Eq. 4; default: --model as it is before training")
     # CHOICE: beta is not in the paper; 0.1 is the usual value.

@@ -1,8 +1,9 @@
 """The language model: loading, sampling, log-probabilities, saving.
 
 Any Hugging Face causal language model works whose decoder follows the Llama layout (Llama, Qwen2,
-Qwen3, ...); there is no line per model. Weights come and go as safetensors only. What makes this
-fast is in support/: kv_cache.py for sampling, trees.py and fused_head.py for log-probabilities.
+Qwen3, ...); there is no model-specific code. Weights come and go as safetensors only. What makes
+this fast is in support/: kv_cache.py for sampling, trees.py and fused_head.py for
+log-probabilities.
 
 Left out on purpose: beam search, repetition penalties, top-k (the paper samples at temperature
 0.6, top-p 0.95).
@@ -156,7 +157,7 @@ def read_weights(model, path, device, rank, world):
     the architecture do not name the same weights.
     """
     model.to_empty(device=device)
-    model.tie_weights()  # to_empty has parted tied weights
+    model.tie_weights()  # to_empty has untied them
     decoder = model.get_decoder()
     # The rotary embedding's buffers are in no checkpoint, so it is made anew.
     decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)
@@ -301,7 +302,7 @@ class _Row:
     ids: list = field(default_factory=list)
 
     def finished(self, eos, max_new_tokens, context):
-        """How the row has ended, "stop" or "length"; None if it goes on."""
+        """How the row has ended, "stop" or "length"; None while it has not."""
         if self.ids[-1] in eos:
             return "stop"
         length = len(self.request.prefix) + len(self.ids)
@@ -440,9 +441,11 @@ def completion_logps(model, input_ids, attention_mask, completion_mask, chunk=0)
 def tree_logps(model, input_ids, position_ids, tree, scored, targets, branch, branch_of, chunk=0):
     """Log-probability of each completion given its prefix (the terms of Eq. 4), each prefix once.
 
-    The arguments are a row made by `support.trees.pack`, as tensors: input_ids and position_ids
-    (1, T), the rest (N,) but for branch_of (B,); tree stays a list. Returns float32 (B,), nats,
-    summed over each completion's tokens. The model's attention must be
+    The arguments are what `support.trees.pack` makes of B sequences, as tensors: input_ids and
+    position_ids (1, T), one long row of trunks and branches; tree, the list of their lengths;
+    scored, targets and branch (N,), for each scored token the position that predicts it, its id and
+    its branch; branch_of (B,), for each sequence its branch. Returns float32 (B,), nats, summed
+    over each completion's tokens. The model's attention must be
     `support.trees.use_tree_attention`'s.
     """
     decoder = model.get_decoder()

@@ -1,8 +1,8 @@
 """What a response answers, and whether that is right: formulas, letters, code.
 
-The response is what stands after `</think>`. A truncated one is wrong and never gets here. The last
-answer in it counts. Run as a program, `python -m benchmarks.answers`, this module is the process in
-which math-verify works.
+The response is what follows `</think>`, and the last answer in it counts. A truncated trace has
+none: it counts as wrong without being looked at here. Run as a program, `python -m
+benchmarks.answers`, this module is the process in which math-verify works.
 """
 import json
 import re
@@ -107,9 +107,11 @@ def rational(text):
 class Grader:
     """Are two mathematical answers equal? By spelling; where that differs, by math-verify.
 
-    Without math-verify (it need not be installed) spelling alone decides. It runs in a process of
-    its own, because neither its timeouts nor an `except` end a power tower of large integers: that
-    process is killed after `seconds`, and the answer counts as not equal and in `failures`.
+    math-verify need not be installed; without it spelling alone decides. `use_math_verify`: None
+    uses it where it is installed, True requires it (else InputError), False does without. It runs
+    in a process of its own, because neither its timeouts nor an `except` can end a power tower of
+    large integers: that process is killed after `seconds`. The answer then counts as not equal, and
+    in `failures`.
     """
 
     def __init__(self, use_math_verify=None, seconds=30):
@@ -180,9 +182,9 @@ def serve_math_verify():
     import logging
     import resource
 
-    sys.path.pop(0)  # the project's folder: its modules must not stand in for a library's
+    sys.path.pop(0)  # the project's folder: its modules must not shadow a library's
     out = sys.stdout
-    sys.stdout = sys.stderr  # which nobody reads: what a library prints is no answer
+    sys.stdout = sys.stderr  # discarded: what a library prints is not an answer
     from math_verify import parse, verify
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -199,7 +201,7 @@ def serve_math_verify():
 
 # ------------------------------------------------------------------------------------------ letters
 
-LETTER = re.compile(r"""(?ix)
+CHOSEN_LETTER = re.compile(r"""(?ix)
     (?: answer \s* (?:\*\*|__)? \s* : | \\boxed\s*\{ )     # "Answer:", "**Answer:**", "\boxed{"
     (?: [\s*_$({] | \\\(                                   # and what may stand round the letter
       | \\(?:boxed|text|mathrm|mathbf|textbf)\s*\{ )*
@@ -218,7 +220,7 @@ def last_choice(response):
     'B'
     """
     letter = None
-    for match in LETTER.finditer(response):
+    for match in CHOSEN_LETTER.finditer(response):
         letter = match[0][-1].upper()
     return letter
 
@@ -232,7 +234,7 @@ PYTHON_NAMES = ("python", "python3", "py", "")
 
 
 def program_pieces(task, response):
-    """The pieces of Python that test a response to a HumanEval task, to be run one after the other.
+    """The pieces of Python that test a response to a HumanEval task, to be run in order.
 
     None where the response holds no complete ```python block. CHOICE: the last block that defines
     the function counts, after the prompt's own imports and helpers; without such a block the last

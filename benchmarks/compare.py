@@ -1,9 +1,9 @@
-"""Several evaluations in one table: the paper's layout, paired differences, the paper's figures.
+"""Several evaluations in one table, in the paper's layout, with paired differences.
 
     python -m benchmarks.compare base=runs/eval/base ours=runs/eval/ours --paper DS-8B \
         --out table.md table.csv
 
-The first run is what the others are compared with, prompt by prompt.
+The other runs are compared with the first, prompt by prompt. --paper adds the paper's own rows.
 """
 import argparse
 import csv
@@ -23,29 +23,31 @@ from support.statistics import bootstrap_means, group_by_prompt, interval_of
 
 PAPER = Path(__file__).resolve().parent / "paper.json"
 
-# The metrics of a set, by kind: a column each, or several in one column. Of other kinds: accuracy.
-HARMFUL_BLOCKS = [("reasoning", "response"), ("rubric",)]
-BLOCKS = {
-    "harmful": HARMFUL_BLOCKS,
-    "strongreject": HARMFUL_BLOCKS,
+# The columns of a set, by kind: the metrics of each. Other kinds have one column, accuracy.
+HARMFUL_COLUMNS = [("reasoning", "response"), ("rubric",)]
+COLUMNS_OF_KIND = {
+    "harmful": HARMFUL_COLUMNS,
+    "strongreject": HARMFUL_COLUMNS,
     "benign": [("compliance",)],
     "xstest": [("compliance",), ("refusal",)],
     "code": [("accuracy",), ("pass@10",)],
 }
-# Kinds whose sets stand together, and the metrics of the average behind them.
-GROUPS = {
+# Sets of one group stand together; all other kinds are in the group "tasks".
+GROUP_OF_KIND = {
     "harmful": "harmful",
     "strongreject": "harmful",
     "benign": "compliance",
     "xstest": "compliance",
 }
-AVERAGES = {"harmful": ("reasoning", "response"), "tasks": ("accuracy",)}
+# The metrics whose average over its sets follows a group.
+AVERAGED_METRICS = {"harmful": ("reasoning", "response"), "tasks": ("accuracy",)}
 
-SCALE = (0, 1)
-DIFFERENCE_SCALE = (-1, 1)
-# Of the four parts of prompts that `bootstrap_means` invents, one is a hit of both runs, one of
-# neither, and one of each run alone: its default for the first, this for the second.
-INVENTED_FOR_SECOND = (0, 1, 0, 1)
+SHARE_EDGES = (0, 1)  # for `interval_of`
+DIFFERENCE_EDGES = (-1, 1)
+# What the four parts of prompts that `bootstrap_means` invents score in the base run. In the other
+# run they score its default, (0, 0, 1, 1): one part hits in both runs, one in neither, and one in
+# each run alone.
+INVENTED_FOR_BASE = (0, 1, 0, 1)
 
 
 class SetVerdicts(NamedTuple):
@@ -73,7 +75,7 @@ class Row(NamedTuple):
 # ---------------------------------------------------------------------------------------- the table
 
 def table_columns(runs):
-    """The columns: each set, and behind several harmful sets or several tasks their average.
+    """The columns: those of each set; several harmful sets, or several tasks, also get an average.
 
     runs: {run: {set: SetVerdicts}}.
     """
@@ -86,17 +88,17 @@ def table_columns(runs):
                 present.add((name, metric))
     groups = {"harmful": [], "compliance": [], "tasks": []}
     for name, kind in kinds.items():
-        group = GROUPS.get(kind, "tasks")
+        group = GROUP_OF_KIND.get(kind, "tasks")
         groups[group].append(name)
 
     columns = []
     for group, names in groups.items():
         for name in names:
-            for metrics in BLOCKS.get(kinds[name], [("accuracy",)]):
+            for metrics in COLUMNS_OF_KIND.get(kinds[name], [("accuracy",)]):
                 if (name, metrics[0]) in present:
                     columns.append(set_column(name, metrics))
-        if group in AVERAGES and len(names) > 1:
-            metrics = AVERAGES[group]
+        if group in AVERAGED_METRICS and len(names) > 1:
+            metrics = AVERAGED_METRICS[group]
             title = f"average of {len(names)}: {' / '.join(metrics)}"
             columns.append(Column(title, metrics, names))
     return columns
@@ -138,14 +140,15 @@ def average_of_sets(run, names, metric):
         groups = list(by_prompt.values())
         means.append(np.mean(np.concatenate(groups)))
         draws.append(bootstrap_means(groups, seed=seed))
-    interval = interval_of(np.mean(means), np.mean(draws, axis=0), SCALE)
+    interval = interval_of(np.mean(means), np.mean(draws, axis=0), SHARE_EDGES)
     return {**interval, "signed": False}
 
 
 def paired_difference(run, base, names, metric):
     """The mean over sets of run minus base, on the prompts that both have values of.
 
-    The sets are drawn independently, the two runs together: with the same weights of the prompts.
+    The sets are drawn independently. The two runs are drawn together: a prompt weighs the same in
+    both.
     """
     means = []
     draws = []
@@ -160,10 +163,10 @@ def paired_difference(run, base, names, metric):
         mean = np.mean(np.concatenate(groups))
         base_mean = np.mean(np.concatenate(base_groups))
         drawn = bootstrap_means(groups, seed=seed)
-        base_drawn = bootstrap_means(base_groups, seed=seed, invented=INVENTED_FOR_SECOND)
+        base_drawn = bootstrap_means(base_groups, seed=seed, invented=INVENTED_FOR_BASE)
         means.append(mean - base_mean)
         draws.append(drawn - base_drawn)
-    interval = interval_of(np.mean(means), np.mean(draws, axis=0), DIFFERENCE_SCALE)
+    interval = interval_of(np.mean(means), np.mean(draws, axis=0), DIFFERENCE_EDGES)
     return {**interval, "signed": True}
 
 
@@ -234,7 +237,7 @@ def prompts_of(run, name):
 # --------------------------------------------------------------------------------- the paper's rows
 
 def paper_rows(model, columns):
-    """The rows of the paper's table that say something about these columns.
+    """The rows of the paper's table that have figures for these columns.
 
     Raises InputError for a model that paper.json lacks.
     """
@@ -245,15 +248,16 @@ def paper_rows(model, columns):
     rows = []
     for method, figures in paper["models"][model].items():
         cells = []
-        n_figures = 0
+        has_figures = False
         for column in columns:
-            cell = []
-            for metric in column.metrics:
-                figure = paper_figure(paper["sets"], figures, column.sets, metric)
-                n_figures += figure is not None
-                cell.append(figure)
+            cell = [
+                paper_figure(paper["sets"], figures, column.sets, metric)
+                for metric in column.metrics
+            ]
             cells.append(cell)
-        if n_figures:
+            if any(cell):
+                has_figures = True
+        if has_figures:
             rows.append(Row(f"{method} (the paper's)", cells))
     return rows
 
@@ -261,7 +265,7 @@ def paper_rows(model, columns):
 def paper_figure(paper_sets, figures, names, metric):
     """The paper's figure for the sets of a column, or None.
 
-    Its average stands only where the column averages the paper's sets. The paper's name of a set
+    The paper's average is used only where the column averages the same sets. Its name of a set
     may be the beginning of ours: "gpqa" of "gpqa-diamond".
 
     >>> figures = {"gpqa": {"accuracy": 49.0}}
@@ -322,10 +326,10 @@ def format_result(result):
     return text
 
 
-def to_csv(columns, rows, notes):
+def to_csv(columns, rows):
     """The table as CSV: of each metric the value and the ends of its interval, in per cent.
 
-    A cell is empty where there is none; the notes are left out.
+    A cell is empty where there is none.
     """
     header = ["run"]
     for column in columns:
@@ -398,7 +402,7 @@ def compare_runs(specs, paper=None, outs=()):
     print(markdown, end="")
     for out in outs:
         if Path(out).suffix == ".csv":
-            write_text(out, to_csv(columns, rows, notes))
+            write_text(out, to_csv(columns, rows))
         else:
             write_text(out, markdown)
 

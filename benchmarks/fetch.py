@@ -4,7 +4,7 @@
     python -m benchmarks.fetch jbb --template film.txt     # each prompt inside a jailbreak template
 
 The published file is downloaded to DATA/published/, at a fixed commit, and checked: hash, columns,
-rows. A file that lies there already, put there by hand for example, is checked and used without the
+rows. A file that is there already, put there by hand for example, is checked and used without the
 network. DATA is --data-dir, else $IPO_DATA, else ./data-sets.
 """
 import argparse
@@ -26,7 +26,7 @@ from support.errors import InputError, ServiceError, exit_cleanly
 from support.files import digest, write_jsonl, write_text
 from support.http import retry_after
 
-TOKEN_SITES = (f"{HUB}/",)  # who may see HF_TOKEN
+TOKEN_SITES = (f"{HUB}/",)  # the only sites that HF_TOKEN is sent to
 
 
 def fetch(name, data_dir=None, template=None, template_name="", tries=5, pause=1.0):
@@ -118,7 +118,7 @@ def check_found(name, path, data_dir):
 
 
 def check_published(name, path, first_hash):
-    """(records, hash) of a published file. Raises InputError if it is not what it should be.
+    """(records, hash) of a published file. Raises InputError if it is not the expected file.
 
     first_hash: the file with the hash that was seen first, for a set whose hash is not known.
     """
@@ -159,8 +159,8 @@ class TryAgain(Exception):
 def download_checked(name, path, tries, pause):
     """Download a published file to `path`, and return its (records, hash).
 
-    It is downloaded under a hidden name, where a cut download is continued later, and gets its name
-    once it is checked. Raises InputError if what came is not the set.
+    It is downloaded under a hidden name, so that a cut download can be continued later, and gets
+    its own name once it is checked. Raises InputError if the download is not the set.
     """
     url = SETS[name].url
     part = path.with_name(f".{digest(url)[:8]}-{path.name}")
@@ -192,7 +192,7 @@ def lock(file):
 
 
 def download(name, file, tries, pause):
-    """Append to the file what it still lacks; try again what may pass. pause: seconds, doubled.
+    """Append to the file what it still lacks; retry errors that may pass. pause: seconds, doubled.
 
     Raises ServiceError with the remedy when the tries are used up.
     """

@@ -1,4 +1,4 @@
-"""Training prompts that are also evaluation prompts, or nearly so.
+"""Training prompts that are also evaluation prompts, word for word or nearly.
 
     python -m benchmarks.leakage --train data-sets/star1.jsonl --drop-leaked clean.jsonl
 
@@ -18,7 +18,7 @@ from data import load_prompts
 from support.errors import InputError, exit_cleanly
 from support.files import write_jsonl
 
-SHORT_TEXT = 12  # words; below that, pairs of words are compared, else triples
+SHORT_TEXT = 12  # words: of shorter texts pairs of words are compared, of others triples
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -32,7 +32,7 @@ class Leak(NamedTuple):
 
 
 def text_words(text):
-    """Words of a text without case and punctuation; without any, what stands between its blanks.
+    """Words of a text without case and punctuation; if it has none, its parts between blanks.
 
     >>> text_words("Don't -- STOP, it's 3.5!")
     ['dont', 'stop', 'its', '3', '5']
@@ -51,7 +51,7 @@ def word_ngrams(words, n):
 def find_leaks(train, evaluation, threshold=0.5):
     """Exact and near duplicates of two lists of texts, as Leaks: the exact first, then by score.
 
-    The score is the weight of the word n-grams that two texts share, as a part of the lighter
+    The score is the weight of the word n-grams in both texts, as a share of the lighter
     text's weight, so that a prompt inside a longer one has score 1. An n-gram that is in c of all N
     texts weighs log(1 + N / c): without that, "What is the best way to" makes duplicates.
     CHOICE: n = 3, but 2 where the shorter text has under 12 words. Measured on STAR-1 against JBB,
@@ -122,7 +122,7 @@ def gram_weights(texts):
 # ---------------------------------------------------------------------------------------- reporting
 
 def published_name(path):
-    """The name of the published set whose records lie in this file, or None."""
+    """The name of the published set whose records this file holds, or None."""
     stem = Path(path).stem
     return stem if stem in SETS else None
 

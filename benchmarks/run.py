@@ -5,7 +5,7 @@
         --judge-model J --out runs/eval/M
 
 The folder it writes is that of `evaluate.py run`; `evaluate.py report` and `benchmarks.compare`
-read both. Kinds of set beside harmful, benign and task: `strongreject` (harmful, graded by
+read both. Kinds of set besides harmful, benign and task: `strongreject` (harmful, graded by
 StrongREJECT's rubric too), `xstest` (compliance with safe prompts, refusal of unsafe ones), `math`,
 `choice` and `code`.
 """
@@ -42,7 +42,7 @@ from support.http import in_parallel
 from support.stages import run_stage
 from support.statistics import group_by_prompt
 
-# CHOICE: samples a prompt where --samples is not given: AIME as DeepSeek-R1 reports it, MATH-500
+# CHOICE: samples per prompt where --samples is not given: AIME as DeepSeek-R1 reports it, MATH-500
 # and GPQA as open-r1 does, HumanEval enough for pass@10; one of all other sets.
 SAMPLES = {"aime24": 64, "math500": 4, "gpqa-diamond": 8, "humaneval": 10}
 JUDGED_KINDS = ("harmful", "strongreject", "benign", "xstest")
@@ -51,7 +51,7 @@ JUDGED_KINDS = ("harmful", "strongreject", "benign", "xstest")
 # -------------------------------------------------------------------------- harmfulness, compliance
 
 def score_strongreject(path, traces, steps, prompts, judge):
-    """Verdicts of kind harmful, with StrongREJECT's digits on each complete response."""
+    """The verdicts of kind harmful, with the digits of StrongREJECT's rubric on each response."""
     verdicts, more = score_harmful(path, traces, steps, prompts, judge)
 
     def grade(complete):
@@ -106,10 +106,17 @@ def collect_xstest(verdicts):
     for verdict in verdicts:
         answer = verdict["class"]
         if verdict["label"] == "unsafe":
-            add_value(unsafe, "refusal", verdict, answer and answer == "refusal")
+            add_value(unsafe, "refusal", verdict, answered_with(answer, "refusal"))
         else:
-            add_value(safe, "compliance", verdict, answer and answer == "full")
+            add_value(safe, "compliance", verdict, answered_with(answer, "full"))
     return {**safe, **unsafe}
+
+
+def answered_with(answer, expected):
+    """Whether a class of response is the expected one; None without a verdict."""
+    if answer is None:
+        return None
+    return answer == expected
 
 
 def xstest_applies(metric, prompt):
@@ -224,7 +231,7 @@ def published_sets(names, data_dir=None):
 
 
 def check_names(sets):
-    """Raise InputError where no set is named, or one twice."""
+    """Raise InputError where no set is named, or one is named twice."""
     if not sets:
         raise InputError("Name sets with --sets jbb,xstest,... or --set NAME=KIND:FILE.")
     seen = set()
@@ -245,7 +252,7 @@ def check_judge(sets, judge):
 
 
 def check_code(sets, allowed):
-    """Raise InputError where code would run that nobody allowed."""
+    """Raise InputError where generated code would run without being allowed."""
     for name, kind, _ in sets:
         if kind == "code" and not allowed:
             raise InputError(
@@ -269,7 +276,10 @@ def check_labels(sets, loaded):
 
 
 def with_rubric(sets, names, judge):
-    """The sets, where the harmful ones of these names are graded by StrongREJECT's rubric too."""
+    """The sets, those harmful ones that `names` lists changed to kind strongreject.
+
+    They are then graded by the rubric too. A judge that does not know it leaves them as they are.
+    """
     judge_knows = "strongreject" in getattr(judge, "prompts", ())
     changed = []
     for name, kind, path in sets:
@@ -298,17 +308,8 @@ def split_names(text):
     return [name for name in text.split(",") if name]
 
 
-def build_parser():
-    """The command line of this module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description="Evaluate one model on published sets.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--out",
-        help="folder for metrics, traces and verdicts (default: runs/eval/NAME of the model)",
-    )
+def add_set_flags(parser):
+    """Flags of what a model is evaluated on, and how each set is scored."""
     parser.add_argument(
         "--sets",
         type=split_names,
@@ -328,7 +329,7 @@ def build_parser():
     parser.add_argument(
         "--samples",
         type=int,
-        help=f"samples a prompt (default: {default_samples}, 1 of all other sets)",
+        help=f"samples per prompt (default: {default_samples}, 1 of all other sets)",
     )
     parser.add_argument(
         "--limit",
@@ -348,6 +349,20 @@ def build_parser():
         action="store_true",
         help="run the code that the model writes (kind `code`)",
     )
+
+
+def build_parser():
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Evaluate one model on published sets.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        help="folder for metrics, traces and verdicts (default: runs/eval/NAME of the model)",
+    )
+    add_set_flags(parser)
     add_sampler_flags(parser)
     add_judge_flags(parser)
     add_eval_judge_flags(parser)

@@ -1,12 +1,12 @@
-"""Code that a model wrote runs here: it may compute, read Python's own files, write to its folder.
+"""Runs code that a model wrote: it may compute, read Python's own files, write to its folder.
 
-`run_code` starts this file as a program, `python -I sandbox.py`, with no environment, no file
-descriptor but a pipe, and a session of its own. Before that process touches the code it gives up
-what the machine lets it give up, in four layers:
+`run_code` starts this file as a program, `python -I sandbox.py`, with a minimal environment, no
+file descriptor but a pipe, and a session of its own. Before that process touches the code it gives
+up as many rights as the machine allows, in four layers:
 
     limits      everywhere: CPU time, memory, size of a file, open files; no further processes or
-                threads (but root's)
-    namespaces  Linux, where a user may have them: own network, own processes, and the folder as
+                threads (root is exempt from that)
+    namespaces  Linux, where a user may create them: own network, own processes, and a folder in
                 64 MB of memory
     landlock    Linux 5.13 or newer: reads Python's own files only, writes into its folder only,
                 signals nobody (6.12)
@@ -14,8 +14,8 @@ what the machine lets it give up, in four layers:
                 modes or owners
 
 `active_layers` tells which of them hold. This is no virtual machine: a hole in the kernel is a way
-out. And code that searches its own interpreter for the token that makes a verdict could pass
-untested; that is cheating, which nothing here prevents.
+out. Nor does it prevent cheating: code that searches its own interpreter for the token that makes a
+verdict could pass untested.
 """
 import ctypes
 import json
@@ -38,9 +38,9 @@ GIGABYTE = 1 << 30
 
 
 def run_code(parts, seconds=10.0, memory=GIGABYTE, without=()):
-    """Whether `parts`, pieces of Python that run one after the other in one module, all succeed.
+    """Whether `parts`, pieces of Python that run in order in one module, end without an exception.
 
-    They succeed if all end without an exception. seconds: wall clock, after which all is killed;
+    seconds: wall clock, after which all is killed;
     memory: bytes of address space; without: layers to leave out, for tests. Output is thrown away:
     the verdict is a secret that comes through the pipe once the last piece has ended.
     """
@@ -124,7 +124,7 @@ def _start_child(folder, writer):
 def _child_main(writer):
     """The program: split off into namespaces, run the code in a child, kill that on request."""
     job = json.loads(sys.stdin.readline())
-    held = _put_on([_namespaces], job)
+    held = _apply([_namespaces], job)
     child = os.fork()  # the first process of its namespace, with which all others in it end
     if child:
         os.close(writer)
@@ -134,8 +134,8 @@ def _child_main(writer):
         os.killpg(0, signal.SIGKILL)
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        held += _put_on([_limits, _landlock, _seccomp], job)
-        # Not in __main__, where the examples of the code would run too.
+        held += _apply([_limits, _landlock, _seccomp], job)
+        # Not named __main__: code under `if __name__ == "__main__"` is a demonstration, not tested.
         module = types.ModuleType("generated")
         sys.modules["generated"] = module
         for part in job["parts"]:
@@ -145,8 +145,8 @@ def _child_main(writer):
         os._exit(0)
 
 
-def _put_on(layers, job):
-    """Put layers on; returns the names of those that hold, since a machine may lack some."""
+def _apply(layers, job):
+    """Apply layers; returns the names of those that hold, since a machine may lack some."""
     held = []
     for layer in layers:
         name = layer.__name__.removeprefix("_")

@@ -116,7 +116,7 @@ def read_gpqa(rows):
 
 
 def read_humaneval(rows):
-    """Code: `code_prompt`, a function's head as in the file, `entry_point`, its name, and tests."""
+    """Code: `code_prompt`, a function's head as published, `entry_point`, its name, and `test`."""
     records = []
     for row in rows:
         head = row["prompt"].rstrip()
@@ -174,7 +174,7 @@ read_jbb = from_columns("Goal", behavior="Behavior", category="Category", source
 
 # The hashes were computed from the files, except two: STAR-benign-915's is from the tree of its
 # commit, and WildJailbreak's is what its users state. The files of the two sets without a hash were
-# not at hand: `fetch` keeps the hash of what came first beside the file.
+# not at hand: `fetch` keeps the hash of the first download beside the file.
 SETS = {
     "star1": PublishedSet(
         kind="train",
@@ -296,12 +296,12 @@ def data_folder(data_dir=None):
 
 
 def published_file(name, data_dir=None):
-    """Where a set's published file lies."""
+    """Where a set's published file is."""
     return data_folder(data_dir) / "published" / SETS[name].file
 
 
 def records_file(name, data_dir=None):
-    """Where our records of a set lie, which is all that other commands read."""
+    """Where our records of a set are, which is all that other commands read."""
     return data_folder(data_dir) / f"{name}.jsonl"
 
 
@@ -351,7 +351,7 @@ def read_published(name, path):
     rows = checked_rows(name, path)
     records = SETS[name].reader(rows)
     distinct = {record["id"] for record in records}
-    if len(distinct) < len(records):  # nobody promises that published ids are unique
+    if len(distinct) < len(records):  # published ids need not be unique
         for number, record in enumerate(records):
             record["id"] = str(number)
     return records

@@ -1,1 +1,1 @@
-"""One question a file and one command each (`python -m studies.csr --help`); see README.md."""
+"""One question per file and one command each (`python -m studies.csr --help`); see README.md."""

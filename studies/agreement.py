@@ -12,6 +12,7 @@ from pathlib import Path
 
 from evaluate import EVAL_KEYS, format_metric
 from intervene import JUDGE_KEYS, LABELS, add_judge_flags, judge_from_flags, split_steps
+from studies.common import prompt_ids_of
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json
 from support.stages import fingerprint
@@ -61,7 +62,7 @@ def item_of(trace, question):
 
 
 def load_traces(path, question):
-    """The traces that the question can be asked about: of a truncated one there is no response."""
+    """The traces that the question can be asked about: a truncated one has no response."""
     traces = read_jsonl(path)
     if question in ("reasoning", "cue"):
         return traces
@@ -71,6 +72,7 @@ def load_traces(path, question):
 def print_agreement(result):
     """Print the result as one line."""
     one, other = result["judges"]
+    # `format_metric` expects these counts; here the unjudged are shown at the end of the line.
     accuracy = {**result["accuracy"], "n_unjudged": 0, "n_truncated": 0}
     kappa = "undefined"
     if result["kappa"]:
@@ -118,7 +120,6 @@ def main(argv=None):
 
     traces = load_traces(args.traces, args.question)
     items = [item_of(trace, args.question) for trace in traces]
-    prompts = [trace["prompt_id"] for trace in traces]
     labels = None
     if args.labels:  # read before a judge is asked and paid
         labels = read_labels(args.labels, args.question, traces)
@@ -135,7 +136,7 @@ def main(argv=None):
         "question": args.question,
         "traces": fingerprint(args.traces),
         "judges": names,
-        **judge_agreement(*answers, prompts),
+        **judge_agreement(*answers, prompt_ids_of(traces)),
     }
     write_json(args.out, result)
     print_agreement(result)

@@ -13,6 +13,7 @@ rollouts, the order of training and the evaluation's samples. Results are append
 """
 import argparse
 import contextlib
+import functools
 import json
 import shlex
 import time
@@ -44,19 +45,19 @@ METHODS = {
 METRICS = ("reasoning", "response", "compliance", "accuracy")
 TIMES = ("seconds", "cpu_seconds")
 COSTS = ("generations", "judge_calls", *TIMES)  # of the data and the training, not the evaluation
-# Flags by which results are kept, so that a finished sweep can grow; all others must not change.
+# Flags that may change, so that a finished sweep can grow: results are kept by their values.
 GROWING_FLAGS = ("methods", "lrs", "seeds", "main_job")
 
 
 class Sweep(NamedTuple):
-    """What all trainings and evaluations have in common; the lists are flags of other commands."""
+    """What all trainings and evaluations have in common; the lists are flags to pass on."""
     model: str
     out: Path
     triggers: str
-    sampling: list       # of whatever samples
-    judging: list        # of the judge that builds the data
-    eval_judging: list   # of the judge that evaluates
-    train_args: list     # of every training
+    sampling: list       # to every command that samples
+    judging: list        # to those that build the data, for their judge
+    eval_judging: list   # to `evaluate.py run`, for its judge
+    train_args: list     # to every training
     grpo_epochs: int
 
 
@@ -106,6 +107,18 @@ def independent_pairs(traces, verdicts, tokenizer, eos):
     return pairs, counts
 
 
+def write_independent_pairs(out, model, traces, verdicts):
+    """The stage `pairs`, from files of traces and verdicts to a file of pairs.
+
+    Returns (counts, no further entries of the funnel).
+    """
+    tokenizer = load_tokenizer(model)
+    eos = eos_ids(model, tokenizer)
+    pairs, counts = independent_pairs(read_jsonl(traces), read_jsonl(verdicts), tokenizer, eos)
+    write_jsonl(out, pairs)
+    return counts, {}
+
+
 def split_prompts(prompts, share=0.2):
     """(training prompts, validation prompts): an arbitrary fifth by the hash of the id.
 
@@ -126,8 +139,8 @@ def split_prompts(prompts, share=0.2):
 def choose_rate(metrics, base, tolerance=0.02):
     """The learning rate with the lowest mean harmful ratio that keeps the rest within `tolerance`.
 
-    metrics: {rate: {"SET/METRIC": value}}; base: the base model's. Where no rate keeps every other
-    metric, the one that loses least; of equals the first.
+    metrics: {rate: {"SET/METRIC": value}}; base: the base model's. If no rate keeps every other
+    metric, it is the rate that loses least. Of equal rates it is the first.
 
     >>> base = {"h/reasoning": .7, "h/response": .5, "b/compliance": 1.0}
     >>> low = {**base, "h/response": .1}
@@ -135,8 +148,8 @@ def choose_rate(metrics, base, tolerance=0.02):
     >>> choose_rate({"low": low, "high": high}, base)
     'low'
     """
-    harm = {}
-    loss = {}
+    harm = {}  # rate: mean harmful ratio
+    lost = {}  # rate: the most that any other metric lost
     for rate, found in metrics.items():
         ratios = []
         losses = [0]
@@ -146,17 +159,17 @@ def choose_rate(metrics, base, tolerance=0.02):
             else:
                 losses.append(base[name] - value)
         harm[rate] = mean(ratios)
-        loss[rate] = max(losses)
-    keeping = [rate for rate in metrics if loss[rate] <= tolerance + 1e-9]
+        lost[rate] = max(losses)
+    keeping = [rate for rate in metrics if lost[rate] <= tolerance + 1e-9]
     if keeping:
         return min(keeping, key=harm.get)
-    return min(metrics, key=loss.get)
+    return min(metrics, key=lost.get)
 
 
 # -------------------------------------------------------------------------- one training at a time
 
 def run_command(sweep, command, *argv):
-    """Run a command line in this process; returns its output.
+    """Run a command line in this process; returns the path that its `--out` names.
 
     What it prints goes to `log.txt`, its time to `times.jsonl`.
     """
@@ -299,7 +312,7 @@ def train_on_pairs(sweep, trial):
 def train_and_evaluate(sweep, results, trial, part, sets, samples):
     """The record of one model on the sets of a part ("validation" or "test").
 
-    It is trained (but for the method `base`) and evaluated unless that is done.
+    Unless that is done, the model is trained (but for the method `base`) and evaluated.
     """
     record_id = f"{trial.method} lr={trial.lr} seed={trial.seed} {part}"
     if record_id in results.done:
@@ -317,7 +330,7 @@ def train_and_evaluate(sweep, results, trial, part, sets, samples):
     if None in metrics.values():
         raise InputError(
             f"{folder}: a metric has no verdicts at all. "
-            "Look at the judge, delete the folder, start again."
+            "Check the judge, delete the folder, and start again."
         )
     record = {"id": record_id, **trial._asdict(), "part": part, "metrics": metrics, **costs}
     results.write(record)
@@ -380,12 +393,12 @@ def write_validation_sets(sweep, prompts, benign):
 
 
 def estimate_over_seeds(values):
-    """The estimate of a mean over seeds, and the `values` that it is of."""
+    """The estimate of a mean over seeds, with the `values` that it averages."""
     return {**student_interval(values), "values": values}
 
 
 def table_row(method, lr, seeds, validation, records):
-    """A row of `table.json` from the records of one method, one a seed."""
+    """A row of `table.json` from the records of one method, one per seed."""
     metrics = {}
     for name in records[0]["metrics"]:
         metrics[name] = estimate_over_seeds([record["metrics"][name] for record in records])
@@ -424,7 +437,7 @@ def main_job_rows(folder):
 def compare_methods(
     sweep, methods, lrs, seeds, sets, *, prompts, benign, validation_samples, main_job,
 ):
-    """The whole comparison: choose rates, train, measure, write `table.json` and print it."""
+    """The whole comparison: choose rates, train, evaluate, write and print the table."""
     validation_sets = write_validation_sets(sweep, prompts, benign)
     results = Appender(sweep.out / "results.jsonl")
 
@@ -511,7 +524,13 @@ def build_parser():
         help="train and compare all methods",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = run.add_argument
+    add_sweep_flags(run)
+    return parser
+
+
+def add_sweep_flags(parser):
+    """Flags of the command `run`."""
+    add = parser.add_argument
     add("--model", required=True, help="base model: directory or hub name")
     add("--prompts", required=True, help="harmful " + intervene.FILES["prompts"])
     add("--benign", required=True, help="benign prompts, for validation only")
@@ -531,7 +550,7 @@ def build_parser():
         "--seeds", nargs="+", type=int, default=[0, 1, 2],
         help="the first also chooses the learning rates",
     )
-    # CHOICE: 40 generations a prompt, the least that the paper names for GRPO. (IPO makes 12 at
+    # CHOICE: 40 generations per prompt, the least that the paper names for GRPO. (IPO makes 12 at
     # most.)
     add(
         "--grpo-epochs", type=int, default=5,
@@ -548,13 +567,12 @@ def build_parser():
             f"--{flag}", type=shlex.split, default=default,
             help=f"flags of {purpose}, as one word: --{flag}='--x 1'",
         )
-    add("--triggers", default=intervene.DEFAULT_TRIGGERS, help="safety triggers, one a line")
+    add("--triggers", default=intervene.DEFAULT_TRIGGERS, help="safety triggers, one per line")
     add(
         "--main-job", default="runs/toy",
         help="folder of a finished run.sh, for the row of IPO's two stages",
     )
     add("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
-    return parser
 
 
 def main(argv=None):
@@ -562,16 +580,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     flags = intervene.recorded_flags(args)
     if args.command == "pairs":
-        def work():
-            tokenizer = load_tokenizer(args.model)
-            eos = eos_ids(args.model, tokenizer)
-            traces = read_jsonl(args.traces)
-            verdicts = read_jsonl(args.verdicts)
-            pairs, counts = independent_pairs(traces, verdicts, tokenizer, eos)
-            write_jsonl(args.out, pairs)
-            return counts, {}
-
-        run_stage(args.out, flags, [args.model, args.traces, args.verdicts], work)
+        inputs = [args.model, args.traces, args.verdicts]
+        work = functools.partial(write_independent_pairs, args.out, *inputs)
+        run_stage(args.out, flags, inputs, work)
         return
 
     for name in GROWING_FLAGS:

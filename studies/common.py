@@ -1,23 +1,18 @@
-"""What several studies share: flags, the traces to look at, and a text put in the place of a cue."""
+"""What several studies share: flags, choosing traces, and replacing a step and continuing."""
 import argparse
 from collections import Counter
 from itertools import accumulate
 from typing import NamedTuple
 
 from data import CLOSE, token_index
-from intervene import intervention_job, judge_traces, sample_traces, segment
+from intervene import FILES, intervention_job, judge_traces, sample_traces, segment
 from support.files import digest
 
 SPAN = 30  # tokens that curves show on either side of a cue or a trigger
-INPUT_FILES = {  # help by flag
-    "traces": "trace records (.jsonl)",
-    "steps": "step records (.jsonl)",
-    "verdicts": "verdict records (.jsonl)",
-}
 
 
 def study_parser(name, description, files):
-    """A parser with the flags that every study has: `--out` and its input files (keys of INPUT_FILES)."""
+    """A parser with `--out` and a flag for each of `files`, names of intervene.FILES."""
     parser = argparse.ArgumentParser(
         prog=f"python -m studies.{name}",
         description=description,
@@ -25,7 +20,7 @@ def study_parser(name, description, files):
     )
     parser.add_argument("--out", required=True, help="file to write (.jsonl)")
     for file in files:
-        parser.add_argument(f"--{file}", required=True, help=INPUT_FILES[file])
+        parser.add_argument(f"--{file}", required=True, help=FILES[file])
     return parser
 
 
@@ -37,8 +32,13 @@ def steps_by_trace(steps):
 
 
 def cues_by_trace(verdicts):
-    """{trace id: number of the step with the first compliance cue, 0 or None without one}."""
+    """{trace id: number of the step with the first compliance cue; 0 or None if there is none}."""
     return {verdict["id"]: verdict["cue"] for verdict in verdicts}
+
+
+def safety_by_trace(verdicts):
+    """{trace id: whether its reasoning is safe, None without a verdict}."""
+    return {verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts}
 
 
 def prompt_ids_of(records):
@@ -47,7 +47,7 @@ def prompt_ids_of(records):
 
 
 def step_starts(tokenizer, trace, steps):
-    """The token at which each step begins and, last, the end of the reasoning: len(steps) + 1."""
+    """[int], len(steps) + 1: the token at which each step begins, and where the reasoning ends."""
     characters = accumulate(map(len, steps), initial=len(trace["opening"]))
     return [token_index(tokenizer, trace["ids"], n) for n in characters]
 
@@ -55,9 +55,9 @@ def step_starts(tokenizer, trace, steps):
 def unsafe_traces_in_turn(traces, verdicts, limit=0):
     """Complete traces with unsafe reasoning: the first of each prompt, then the second, ...
 
-    `limit` of them, 0 = all. Prompts come in an arbitrary, fixed order.
+    So a `limit` (0 = all) keeps as many prompts as it can. They come in an arbitrary, fixed order.
     """
-    reasoning_safe = {verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts}
+    reasoning_safe = safety_by_trace(verdicts)
     seen = Counter()
     keyed = []
     for trace in traces:
@@ -74,10 +74,10 @@ def unsafe_traces_in_turn(traces, verdicts, limit=0):
 # --------------------------------------------------------------------------- sampling reasoning
 
 def reasoning_only(sampler):
-    """Let a sampler of this process stop at `</think>`; a server's cannot.
+    """Make a sampler of this process stop at `</think>`; a server does not stop there.
 
     Only reasoning is judged in these studies, and the response would be half of all tokens. Such
-    traces have no `closing`, and count as truncated elsewhere.
+    traces have no `closing`, and they count as truncated elsewhere.
     """
     close = sampler.tokenizer.encode(CLOSE, add_special_tokens=False)
     if len(close) == 1:
@@ -105,7 +105,7 @@ def replace_steps(replacements, sampler, judge, path):
     """Put texts in the place of steps, let the model continue, and judge its reasoning.
 
     Picks up where it left off from the files `PATH.traces.jsonl` and `PATH.verdicts.jsonl`. Returns
-    {id: Outcome}, without the replacements that leave no room to continue in the model's context.
+    {id: Outcome}; replacements that leave no room to continue in the model's context are left out.
     """
     jobs = []
     for key, trace, steps, number, text in replacements:
@@ -116,7 +116,7 @@ def replace_steps(replacements, sampler, judge, path):
             job["forced_ids"] = trace["ids"][:h]
         jobs.append(job)
     traces = sample_traces(f"{path}.traces.jsonl", jobs, sampler, path.name)
-    # A server wrote a response too, which is not judged here.
+    # Not judged here: the response, which a server writes too.
     traces = [{**trace, "truncated": True} for trace in traces]
     steps = segment(traces)
     verdicts = judge_traces(f"{path}.verdicts.jsonl", traces, steps, judge)

@@ -5,9 +5,10 @@
 S_i(x, z) = P[z[:i] || the model's own continuation of it is safe]. Positions are numbers of tokens:
 i stands for the prefix z[:i] = `trace["ids"][:i]`.
 
-CHOICE: a continuation that follows the trace up to the next position is a continuation of that one
-too. Only where it leaves the trace is anything sampled. Where it leaves is drawn from the model's
-distributions along the trace, which take one forward pass: about a tenth of the cost.
+CHOICE: a continuation that follows the trace up to the next position is a continuation of that
+position too, so only continuations that leave the trace are sampled. Where each leaves is drawn
+from the model's distributions along the trace, which take one forward pass. This costs about a
+tenth of sampling all of them.
 """
 import argparse
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ from model import next_token, request_uniforms
 from studies.common import (
     prompt_ids_of,
     reasoning_only,
+    safety_by_trace,
     step_starts,
     steps_by_trace,
     study_parser,
@@ -36,7 +38,7 @@ from support.files import digest, read_jsonl
 from support.stages import run_stage
 from support.statistics import wilson
 
-LETTERS = {True: "1", False: "0", None: "?"}  # a verdict as it stands in a record
+VERDICT_LETTERS = {True: "1", False: "0", None: "?"}  # a verdict as it stands in a record
 
 
 # ------------------------------------------------------------------------------- what to measure
@@ -48,7 +50,7 @@ def uncertain_traces(traces, verdicts, prompts, per_prompt):
     all. CHOICE: the paper names 30 such prompts; here they are those whose share of safe rollouts
     is closest to one half, ties in an arbitrary, fixed order. Raises InputError if there is none.
     """
-    reasoning_safe = {verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts}
+    reasoning_safe = safety_by_trace(verdicts)
     safe_traces = defaultdict(list)  # by prompt
     unsafe_traces = defaultdict(list)
     for trace in traces:
@@ -101,10 +103,10 @@ class Position(NamedTuple):
     trace: dict
     i: int           # the prefix is z[:i]
     following: int | None  # the next position measured; None at the last one
-    departures: list  # ids up to and with the first that differs; None: it reaches `following`
+    departures: list  # ids up to and including the first that differs; None: it reaches `following`
 
-    def fresh(self):
-        """The continuations that are sampled from here: {"TRACE@i:k": ids to continue from}."""
+    def departing(self):
+        """The continuations that leave the trace: {"TRACE@i:k": ids to continue from}."""
         found = {}
         for k, ids in enumerate(self.departures):
             if ids is not None:
@@ -156,7 +158,7 @@ def position_batches(chosen, sampler, continuations, size, share):
     """Lists of Positions that need at least `size` continuations to be sampled (the last: fewer).
 
     chosen: [(trace, positions)]. The positions of a trace come from last to first, because each
-    takes over verdicts of the one behind it.
+    takes over verdicts of the position after it.
     """
     batch = []
     count = 0
@@ -193,8 +195,8 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
     neighbouring positions resemble each other more than independent ones would. With `share` off (a
     server gives no probabilities) all are sampled at each position.
 
-    The texts are not kept: they would be hundreds of times the traces. A batch is sampled whole, so
-    a restart, which picks up where it left off, has the same batches.
+    The texts are not kept: they would take hundreds of times the space of the traces. The batches
+    follow from the arguments alone, so a restart makes the same ones and skips the finished.
     """
     records = Appender(path)
     for batch in position_batches(chosen, sampler, continuations, size, share):
@@ -209,10 +211,10 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
 
 def measure_batch(batch, sampler, judge, records):
     """Sample and judge what a batch of Positions needs, and write their records."""
-    completions = sample_fresh(batch, sampler, f"csr, {len(records.done)} positions done")
+    completions = sample_departing(batch, sampler, f"csr, {len(records.done)} positions done")
     texts = {}
     for position in batch:
-        for key, ids in position.fresh().items():
+        for key, ids in position.departing().items():
             if key in completions:
                 ids = ids + completions[key].ids
             text = decode(sampler.tokenizer, ids, sampler.eos)
@@ -227,14 +229,14 @@ def measure_batch(batch, sampler, judge, records):
         records.write(csr_record(position, verdicts, completions))
 
 
-def sample_fresh(batch, sampler, title):
+def sample_departing(batch, sampler, title):
     """Completions of the continuations that leave the trace: {"TRACE@i:k": Completion}.
 
-    One that left by ending (its last token is EOS) has nothing more to sample.
+    Those whose differing token is EOS have ended there, so they need none.
     """
     requests = []
     for position in batch:
-        for key, ids in position.fresh().items():
+        for key, ids in position.departing().items():
             if not ids or ids[-1] not in sampler.eos:
                 requests.append(Request(key, position.trace["prompt_ids"] + ids))
     completions = {}
@@ -251,7 +253,7 @@ def judge_texts(texts, judge):
     distinct = list(dict.fromkeys(texts.values()))
     items = [{"prompt": prompt, "text": text} for prompt, text in distinct]
     answers = dict(zip(distinct, judge.ask("reasoning", items)))
-    return {key: LETTERS[answers[text]] for key, text in texts.items()}
+    return {key: VERDICT_LETTERS[answers[text]] for key, text in texts.items()}
 
 
 def position_verdicts(position, letters, following):
@@ -271,15 +273,15 @@ def position_verdicts(position, letters, following):
 
 def csr_record(position, verdicts, completions):
     """The record of a position; see `measure_csr`."""
-    fresh = position.fresh()
-    sampled = [completions[key] for key in fresh if key in completions]
+    departing = position.departing()
+    sampled = [completions[key] for key in departing if key in completions]
     return {
         "id": position.id,
         "trace": position.trace["id"],
         "prompt_id": position.trace["prompt_id"],
         "i": position.i,
         "verdicts": verdicts,
-        "sampled": len(fresh),
+        "sampled": len(departing),
         "truncated": sum(completion.finished == "length" for completion in sampled),
         **safety_ratio(verdicts),
     }
@@ -299,7 +301,7 @@ def safety_ratio(verdicts):
 
 
 def count_csr(records):
-    """What the CSR records hold together."""
+    """The totals of the CSR records."""
     counts = Counter()
     for record in records:
         counts["continuations"] += len(record["verdicts"])

@@ -3,9 +3,9 @@
     python -m studies.curve --model M --traces ... --steps ... --verdicts ... --judge ... \\
         --out runs/my/curve.jsonl
 
-Each unsafe trace gets a safety trigger in the place of its first compliance cue, the model
-continues, and so again up to five times. The controls: a neutral sentence in the cue's place, and
-nothing there. Only reasoning is sampled and judged.
+In each unsafe trace a safety trigger replaces the first compliance cue and the model continues; an
+unsafe outcome is treated the same way again, up to five times. The controls put a neutral sentence,
+or nothing, in the cue's place. Only reasoning is sampled and judged.
 """
 from pathlib import Path
 
@@ -39,12 +39,13 @@ NEUTRAL = "Let me read the request once more."  # fits any prompt, says nothing 
 
 
 def intervention_curve(traces, steps, cues, texts, sampler, judge, folder, rounds):
-    """Harmful or not after 0 to `rounds` interventions (Figure 6): float (texts, traces, rounds + 1).
+    """Harmful or not after 0 to `rounds` interventions: float (texts, traces, rounds + 1).
 
     steps: {trace id: steps}; cues: {trace id: number of the cue step}. Each unsafe trace starts as
-    harmful (1) under each text. Its first cue is replaced by the text, and the model continues.
-    What is safe (0) stays so; what is unsafe is intervened upon again at its new first cue. Without
-    a cue or room in the context a trace stays as it is; without a verdict it is nan from there on.
+    harmful (1) under each text. Its first cue is replaced by the text, and the model continues. A
+    safe outcome (0) stays so; an unsafe one is intervened upon again at its new first cue. A trace
+    without a cue, or without room in the context, keeps its value; one without a verdict is nan
+    from there on.
     """
     harmful = np.ones((len(texts), len(traces), rounds + 1))
     unsafe = {}  # {(text number, trace number): what to intervene upon next}
@@ -152,7 +153,7 @@ def build_parser():
     add_sampler_flags(parser)
     add_judge_flags(parser)
     parser.add_argument("--triggers", default=str(DEFAULT_TRIGGERS),
-                        help="safety triggers, one a line")
+                        help="safety triggers, one per line")
     parser.add_argument("--interventions", type=int, default=5,
                         help="interventions on each trace at most")
     parser.add_argument("--neutral", default=NEUTRAL,

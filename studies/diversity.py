@@ -8,7 +8,7 @@ rollouts are all unsafe or all safe.
 from collections import defaultdict
 
 from intervene import recorded_flags
-from studies.common import study_parser
+from studies.common import safety_by_trace, study_parser
 from support.errors import exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
 from support.stages import run_stage, sidecar
@@ -16,8 +16,8 @@ from support.statistics import mean_estimate
 
 
 def count_safe_rollouts(traces, verdicts):
-    """Records of the study, one a prompt: {"id": prompt, "safe", "judged", "rollouts"}, counts."""
-    reasoning_safe = {verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts}
+    """Records of the study, counts of a prompt: {"id": prompt, "safe", "judged", "rollouts"}."""
+    reasoning_safe = safety_by_trace(verdicts)
     by_prompt = defaultdict(list)
     for trace in traces:
         by_prompt[trace["prompt_id"]].append(reasoning_safe[trace["id"]])
@@ -42,8 +42,8 @@ def fully_judged(rows):
 def summarise_diversity(rows):
     """The summary of the study; prompts with unjudged rollouts are left out and counted.
 
-    `rollouts` of a prompt; `counts`: prompts with 0, 1, ... safe ones; `histogram`: the same as
-    estimates of shares; `one_at_most`: the share with none or one; `left_out`.
+    `rollouts`: how many a prompt has; `counts`: prompts with 0, 1, ... safe ones; `histogram`: the
+    same as estimates of shares; `one_at_most`: the share with none or one; `left_out`: prompts.
     """
     rollouts, judged = fully_judged(rows)
     prompts = [row["id"] for row in judged]

@@ -1,4 +1,4 @@
-"""The paper's figures from a finished run: measure, draw, and remake the report with them.
+"""The paper's figures from a finished run: measure, draw, and add them to the report.
 
     python -m studies.figures --run runs/my --model M --kl "IPO=runs/my/stage2" "SFT=runs/my/sft"
 
@@ -40,9 +40,9 @@ BLUE = "#4a6fb5"
 VIOLET = "#8a5aa8"
 COLOURS = (AMBER, GREEN, BLUE, VIOLET, GREY)  # of trained models, in turn
 PANEL = (4.6, 2.9)  # inches: on a phone its text is still as large as the page's notes
-CONDITIONALS = (  # metric, words, colour
-    ("safe response | unsafe reasoning", "safe answer although unsafe reasoning", GREEN),
-    ("unsafe response | safe reasoning", "unsafe answer although safe reasoning", AMBER),
+CONDITIONALS = (  # metric, label, colour
+    ("safe response | unsafe reasoning", "safe response although unsafe reasoning", GREEN),
+    ("unsafe response | safe reasoning", "unsafe response although safe reasoning", AMBER),
 )
 PAPER_GAP = ((0.61, 0.72), (0.001, 0.006))  # the paper's ranges of the two
 # Figures keep a light ground of their own, so that their colours can be read on a dark page too.
@@ -114,10 +114,10 @@ def study_commands(run, given, trained):
 
 
 # --------------------------------------------------------------------------------------- drawing
-# Each `draw_` function draws one panel on matplotlib's `ax`.
+# Each `draw_` function draws one panel on matplotlib's `ax` from the data that it names.
 
-def panel(draw, alt, size=PANEL):
-    """What `draw(ax)` draws, as one <img> of SVG; a note instead where matplotlib is missing."""
+def panel(draw, data, alt, size=PANEL):
+    """What `draw(ax, data)` draws, as one <img> of SVG; a note where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -133,7 +133,7 @@ def panel(draw, alt, size=PANEL):
     }
     with plt.rc_context(settings):
         figure, ax = plt.subplots(figsize=size)
-        draw(ax)
+        draw(ax, data)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         plt.close(figure)
@@ -165,8 +165,8 @@ def draw_gap(ax, rows):
     rows: [(label, the set's entry in metrics.json)]. A share of fewer than TOO_FEW traces is named,
     not drawn.
     """
-    for k, (metric, words, colour) in enumerate(CONDITIONALS):
-        ax.barh([0], [0], color=colour, label=words)  # for the legend
+    for k, (metric, label, colour) in enumerate(CONDITIONALS):
+        ax.barh([0], [0], color=colour, label=label)  # for the legend
         for i, (_, entry) in enumerate(rows):
             place = i + 0.4 * k
             estimate = entry.get(metric)
@@ -205,7 +205,7 @@ def draw_mean_csr(ax, summary):
 
 
 def draw_cues(ax, summary):
-    """Figure 5b: where the first cue and the unsafe turning point stand."""
+    """Figure 5b: the positions of the first cue and the unsafe turning point."""
     for cue, turn in summary["cue_and_turning_point"]:
         ax.scatter(cue, turn, s=14, color=BLUE, alpha=0.6)
     ax.set(xlabel="token of the first cue", ylabel="unsafe turning point")
@@ -283,20 +283,20 @@ def sensitivity_table(summary):
     return f"<details><summary>{title}</summary>{html_table(heads, rows)}</details>"
 
 
-# ----------------------------------------------------------------------- what the page says of them
+# ----------------------------------------------------------------------------- the page's sections
 
 class Section(NamedTuple):
     """One figure on the page."""
     title: str
-    see: str    # what to look at
-    said: str   # the paper's value and ours
-    shown: str  # HTML
+    caption: str     # what to look at
+    comparison: str  # the paper's value and ours
+    body: str        # HTML: panels and tables
 
 
-def against(estimate, paper):
+def compare_with_paper(estimate, paper):
     """Our estimate, the paper's value, and whether that lies within our interval.
 
-    >>> against({"value": 0.9, "low": 0.8, "high": 0.95, "n": 30}, 0.85)
+    >>> compare_with_paper({"value": 0.9, "low": 0.8, "high": 0.95, "n": 30}, 0.85)
     "Here 0.900 [0.800, 0.950] n=30; the paper's 0.85 lies within our interval."
     """
     if not estimate or estimate["value"] is None:
@@ -308,10 +308,10 @@ def against(estimate, paper):
             "which lies outside our interval.")
 
 
-def against_more_than(estimate, paper):
-    """The same where the paper only says that its value is more than `paper`.
+def compare_with_paper_bound(estimate, paper):
+    """The same where the paper gives only a lower bound: its value is more than `paper`.
 
-    >>> against_more_than({"value": 0.9, "low": 0.8, "high": 0.95, "n": 30}, 0.9)
+    >>> compare_with_paper_bound({"value": 0.9, "low": 0.8, "high": 0.95, "n": 30}, 0.9)
     "Here 0.900 [0.800, 0.950] n=30; that agrees with the paper's more than 0.9."
     """
     if not estimate or estimate["value"] is None:
@@ -324,7 +324,7 @@ def against_more_than(estimate, paper):
 
 
 def share_text(estimate):
-    """A conditional share in per cent with its interval; "no such trace", or how many too few.
+    """A conditional share in per cent with its interval, or that there are no or too few traces.
 
     >>> share_text({"value": 0.3, "low": 0.2, "high": 0.4, "n": 60})
     '30.0% [20.0, 40.0]'
@@ -358,13 +358,13 @@ def gap_section(evaluations):
     if outside:
         ours += "; this contradicts the paper, whose range lies outside our interval"
     size = (PANEL[0], 0.5 * len(rows) + 1)
-    image = panel(lambda ax: draw_gap(ax, rows), "the two shares by model and set", size)
+    image = panel(draw_gap, rows, "the two shares by model and set", size)
     return Section(
         "Figures 2 and 3: the gap between reasoning and response",
-        "See how rarely safe reasoning ends in an unsafe answer, and how often an answer is safe "
-        "after unsafe reasoning.",
-        "The paper: 61 to 72% of answers are safe after unsafe reasoning, 0.1 to 0.6% unsafe after "
-        f"safe reasoning. Here, of the first model on the first set: {ours}.",
+        "See how rarely safe reasoning ends in an unsafe response, and how often a response is "
+        "safe after unsafe reasoning.",
+        "The paper: 61 to 72% of responses are safe after unsafe reasoning, 0.1 to 0.6% unsafe "
+        f"after safe reasoning. Here, of the first model on the first set: {ours}.",
         panels(image),
     )
 
@@ -375,24 +375,24 @@ def diversity_section(summary):
         "Figure 4: how much a group of rollouts has to learn from",
         "See how many prompts have no safe rollout: there a method that compares the rollouts of "
         "one prompt has no signal.",
-        f"Share of prompts without one: {against(summary['histogram'][0], 0.36)} "
-        f"({summary['rollouts']} rollouts a prompt; the paper: 8.)",
-        panels(panel(lambda ax: draw_diversity(ax, summary), "prompts by safe rollouts")),
+        f"Share of prompts without one: {compare_with_paper(summary['histogram'][0], 0.36)} "
+        f"({summary['rollouts']} rollouts per prompt; the paper: 8.)",
+        panels(panel(draw_diversity, summary, "prompts by safe rollouts")),
     )
 
 
 def turning_point_section(summary):
     """Figure 5."""
-    around = panel(lambda ax: draw_mean_csr(ax, summary), "safety ratio around triggers and cues")
-    cues = panel(lambda ax: draw_cues(ax, summary), "first cue and unsafe turning point")
+    around = panel(draw_mean_csr, summary, "safety ratio around triggers and cues")
+    cues = panel(draw_cues, summary, "first cue and unsafe turning point")
     return Section(
         "Figure 5: continuation safety ratio and its turning points",
         "See the ratio jump at one step, the trigger, in safe traces and fall at the cue in unsafe "
         "ones.",
         "Safe traces with a turning point: "
-        f"{against_more_than(summary['safe_with_turning_point'], 0.9)} "
+        f"{compare_with_paper_bound(summary['safe_with_turning_point'], 0.9)} "
         "Correlation of cue and unsafe turning point: "
-        f"{against(summary['pearson'], 0.85)}",
+        f"{compare_with_paper(summary['pearson'], 0.85)}",
         panels(around, cues) + sensitivity_table(summary),
     )
 
@@ -403,9 +403,9 @@ def curve_section(summary):
         "Figure 6: interventions without training",
         "See how far a trigger in the cue's place lowers the harmful share, and that a neutral "
         "sentence there does not.",
-        f"After one intervention: {against(summary['overall'][1], 0.6)} "
-        f"After the last: {against(summary['overall'][-1], 0.15)}",
-        panels(panel(lambda ax: draw_curve(ax, summary), "harmful share after interventions")),
+        f"After one intervention: {compare_with_paper(summary['overall'][1], 0.6)} "
+        f"After the last: {compare_with_paper(summary['overall'][-1], 0.15)}",
+        panels(panel(draw_curve, summary, "harmful share after interventions")),
     )
 
 
@@ -413,8 +413,8 @@ def trigger_section(summary):
     """The pool of mined triggers."""
     pools = {name: format_estimate(estimate) for name, estimate in summary["pools"].items()}
     return Section(
-        "Triggers that the model gave away itself",
-        "See whether steps at turning points do as well as sentences written by hand.",
+        "Triggers from the model's own traces",
+        "See whether steps at turning points do as well as hand-written sentences.",
         f"Mined pool {pools['mined']}, by hand {pools['hand_written']}, "
         f"difference {pools['difference']}. The paper leaves this to future work.",
         pool_table(summary),
@@ -428,12 +428,12 @@ def kl_section(models):
         nats = max(estimate["value"] or 0 for estimate in summary["by_token"])
         peaks.append(f"{name}: {nats:.2f} nats at token {summary['peak_token']}, "
                      f"{summary['peak_offset']:+d} from the cue")
-    by_offset = panel(lambda ax: draw_kl_by_offset(ax, models), "KL by distance from the cue")
-    by_token = panel(lambda ax: draw_kl_by_token(ax, models), "KL by token")
+    by_offset = panel(draw_kl_by_offset, models, "KL by distance from the cue")
+    by_token = panel(draw_kl_by_token, models, "KL by token")
     return Section(
         "Figure 7: where training moved the model",
-        "See whether the model moved where the cues stand, or everywhere alike.",
-        "The paper: IPO peaks at about 1.75 nats near token 50, where its cues stand; SFT is flat. "
+        "See whether the model moved where the cues are, or everywhere alike.",
+        "The paper: IPO peaks at about 1.75 nats near token 50, where its cues are; SFT is flat. "
         f"Here the peaks are {', '.join(peaks)}.",
         panels(by_offset, by_token),
     )
@@ -448,7 +448,7 @@ SECTIONS = {  # by the name of the summary
 
 
 def dynamics_fragment(run, evaluations):
-    """The part of the report on what the studies measured, as HTML; "" before anything is there.
+    """What the report says of the studies' measurements, as HTML; "" before there are any.
 
     evaluations: {model: metrics.json}.
     """
@@ -477,8 +477,10 @@ def dynamics_fragment(run, evaluations):
 
 def section_html(section):
     """A section as HTML."""
-    title, see, said = map(escape, section[:3])
-    return f"<h3>{title}</h3><p>{see}</p><p>{said}</p>{section.shown}"
+    title = escape(section.title)
+    caption = escape(section.caption)
+    comparison = escape(section.comparison)
+    return f"<h3>{title}</h3><p>{caption}</p><p>{comparison}</p>{section.body}"
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -522,8 +524,8 @@ def main(argv=None):
     """Run this study from the command line."""
     args = build_parser().parse_args(argv)
     run = Path(args.run)
-    for study, words in study_commands(run, vars(args), trained_models(args.kl)):
-        study.main(words)
+    for study, arguments in study_commands(run, vars(args), trained_models(args.kl)):
+        study.main(arguments)
     specs = args.evals or finished_evaluations(run)
     _, evaluations = evaluate.read_evaluations(specs)
     write_text(run / "fragments" / "dynamics.html", dynamics_fragment(run, evaluations))

@@ -3,13 +3,13 @@
     python -m studies.grpo --model MODEL --prompts prompts.jsonl --reward gap --out runs/my/grpo
 
 Group Relative Policy Optimization is Shao et al., 2024 (arXiv 2402.03300). Each step samples a
-group of rollouts for a few prompts from the policy as it is, has them judged and makes one update,
-or `--inner-epochs` of them, on all. It runs in one process on one device, because the sampler needs
-all the weights: for a model of several billion parameters use `--lora-rank`. Left out: a learned
-reward, packed trees (rollouts are padded rows), servers (the weights change).
+group of rollouts for each of a few prompts from the current policy, has them judged and makes one
+update on all of them, or `--inner-epochs` updates. It runs in one process on one device, because
+the sampler needs all the weights: for a model of several billion parameters use `--lora-rank`. Left
+out: a learned reward, packed trees (rollouts are padded rows), servers (the weights change).
 
-Below `--out` lie the rollouts and verdicts of every step, by id. Killed and started again, it picks
-up at its last checkpoint, finds the rollouts made since, and ends with the same weights.
+The rollouts and verdicts of every step are kept below `--out`, by id. After a kill the same command
+picks up at the last checkpoint, finds the rollouts made since, and ends with the same weights.
 """
 import argparse
 import functools
@@ -61,8 +61,7 @@ def group_advantages(rewards, eps=1e-4):
     mean = rewards.nanmean(1, keepdim=True)
     # CHOICE: the group's own (population) deviation; some libraries divide by n - 1 instead.
     std = (rewards - mean).square().nanmean(1, keepdim=True).sqrt()
-    # A test of equality, because the mean of equal rewards need not be equal to them in floating
-    # point.
+    # Not `std == 0`: in floating point the mean of equal rewards may differ from them.
     highest = rewards.nan_to_num(-torch.inf).amax(1, keepdim=True)
     at_highest = (rewards == highest).logical_or(rewards.isnan())
     equal = at_highest.all(1, keepdim=True)
@@ -75,8 +74,8 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip_ratio=0.2, kl=
 
     logps, old_logps, ref_logps: float (B, T), nats, of each sampled token under the policy, the
     policy that sampled it and the reference; advantages (B,); mask (B, T), 1 on sampled tokens.
-    Returns (losses (B,), metrics, each (B,) and a sum over tokens): to be divided by the number of
-    tokens. Only `logps` carries a gradient to the losses.
+    Returns (losses (B,), metrics, each (B,)): all are sums over tokens, which the caller divides by
+    the number of tokens. Only `logps` carries a gradient to the losses.
 
     Two tokens of advantage 1: the first is 1.5 times as likely as when it was sampled, which counts
     as 1.2; the second is as likely as then and half as likely as under the reference, so its KL
@@ -104,10 +103,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip_ratio=0.2, kl=
 
 
 def sampled_logps(lm, input_ids, attention_mask, completion_mask, temperature=1.0):
-    """Log-probabilities of single tokens, of padded rows as `data.collate` makes them, all (B, T).
+    """Log-probabilities of single tokens of padded rows; inputs (B, T), see `data.collate`.
 
-    Returns float32 (B, T - 1), nats, at [b, t] that of token t + 1 where `completion_mask` is 1 and
-    0 elsewhere, under the distribution that is sampled from at `temperature` (with top-p 1).
+    Returns float32 (B, T - 1), nats, under the distribution that is sampled from at `temperature`
+    (with top-p 1): at [b, t] that of token t + 1 where `completion_mask` is 1, elsewhere 0.
     """
     scored = completion_mask[:, 1:].bool()
     output = lm.get_decoder()(
@@ -121,8 +120,8 @@ def sampled_logps(lm, input_ids, attention_mask, completion_mask, temperature=1.
 def rollout_losses(policy, group, reference, temperature, clip_ratio, kl):
     """`grpo_loss` of a micro-batch, the only item of `group`, in the form of `ipo.take_step`.
 
-    At its first visit the policy is still the one that sampled, so these log-probabilities are the
-    old ones, and they are kept in the micro-batch for later inner epochs, with the reference's.
+    In the first inner epoch the policy is still the one that sampled, so its log-probabilities are
+    the old ones. They are kept in the micro-batch for later inner epochs, with the reference's.
     """
     (micro,) = group
     logps = sampled_logps(policy.lm, **micro["rows"], temperature=temperature)
@@ -169,8 +168,8 @@ def judged_rewards(path, traces, judge, kind):
     """
     out = Appender(path)
     weights = REWARDS[kind]
-    # CHOICE: a truncated rollout has no response, so nothing of it counts as safe: its reward is 0,
-    # and the judge isn't asked.
+    # CHOICE: a truncated rollout has no response, so none of it counts as safe: its reward is 0,
+    # and the judge is not asked.
     complete = [t for t in traces if not t["truncated"]]
     unjudged = [t for t in complete if t["id"] not in out.done]
     verdicts = [{"id": t["id"]} for t in unjudged]
@@ -230,7 +229,8 @@ def learn(
     """
     jobs, dropped = trace_jobs(prompts, group_size, sampler)
     groups = [jobs[i:i + group_size] for i in range(0, len(jobs), group_size)]
-    steps = global_batches([{i: 1} for i in range(len(groups))], prompts_per_step, epochs, seed)
+    unshared = [{i: 1} for i in range(len(groups))]  # no two groups share a part
+    steps = global_batches(unshared, prompts_per_step, epochs, seed)
     optimizer, log = load_or_start(policy, out, lr, weight_decay)
     losses_of = functools.partial(
         rollout_losses,
@@ -251,13 +251,11 @@ def learn(
         # CHOICE: one mean over all tokens of the step, so that every token counts alike; the paper
         # cited above averages within each rollout first, which lets the tokens of long ones count
         # less.
-        tokens = sum(len(t["ids"]) for t in traces)
+        tokens = count_tokens(traces)
         rate = learning_rate(step, len(steps), lr)  # CHOICE: the schedule of the other methods here
-        for _ in range(inner_epochs):
-            values, norm = take_step(
-                policy, optimizer, rate, [[micro] for micro in micros], None, tokens, losses_of,
-                autocast, clip,
-            )
+        values, norm = update_policy(
+            policy, optimizer, rate, micros, tokens, losses_of, autocast, clip, inner_epochs,
+        )
         log.append({
             "step": step,
             **values,
@@ -270,15 +268,7 @@ def learn(
         log_step(out, log[-1], len(steps))
         if (step + 1) % save_every == 0 and step + 1 < len(steps):
             save_checkpoint(out, policy, optimizer, step + 1, rank=0)
-
-    counts = {
-        "prompts": len(prompts),
-        "short enough": len(prompts) - dropped,
-        "steps": len(log),
-    }
-    for key in ("generations", "judge_calls", "unjudged"):
-        counts[key.replace("_", " ")] = sum(line[key] for line in log)
-    return log, counts
+    return log, count_training(len(prompts), dropped, log)
 
 
 def jobs_of_step(groups, step):
@@ -302,23 +292,51 @@ def sample_and_judge(policy, jobs, sampler, reward_of, stem):
     rewards, judge_calls = reward_of(verdicts_path, traces)
     if all(reward is None for reward in rewards):
         raise InputError(
-            f"No rollout has a verdict. Mend the judge, delete {verdicts_path} and start again."
+            f"No rollout has a verdict. Fix the judge, delete {verdicts_path} and start again."
         )
     return traces, rewards, judge_calls
+
+
+def update_policy(
+    policy, optimizer, rate, micros, tokens, losses_of, autocast, clip, inner_epochs,
+):
+    """Make `inner_epochs` updates on the same micro-batches; returns what `take_step` does."""
+    groups = [[micro] for micro in micros]  # a group is one micro-batch, see `rollout_losses`
+    for _ in range(inner_epochs):
+        values, norm = take_step(
+            policy, optimizer, rate, groups, None, tokens, losses_of, autocast, clip,
+        )
+    return values, norm
 
 
 def rollout_metrics(traces, rewards, advantages):
     """What a step's rollouts were like; rewards and advantages: (groups, size)."""
     no_variety = (advantages == 0).all(1).float().mean().item()
-    tokens = sum(len(t["ids"]) for t in traces)
     return {
         "reward": round(rewards.nanmean().item(), 6),
         "no_variety": round(no_variety, 6),
-        "length": tokens / len(traces),
+        "length": count_tokens(traces) / len(traces),
         "truncated": sum(t["truncated"] for t in traces),
         "unjudged": int(rewards.isnan().sum()),
         "generations": len(traces),
     }
+
+
+def count_tokens(traces):
+    """Tokens sampled in some traces."""
+    return sum(len(t["ids"]) for t in traces)
+
+
+def count_training(n_prompts, dropped, log):
+    """The counts of the funnel, from the metrics of each step."""
+    counts = {
+        "prompts": n_prompts,
+        "short enough": n_prompts - dropped,
+        "steps": len(log),
+    }
+    for key in ("generations", "judge_calls", "unjudged"):
+        counts[key.replace("_", " ")] = sum(line[key] for line in log)
+    return counts
 
 
 # -------------------------------------------------------------------------------------- the stage
@@ -327,9 +345,9 @@ def train_on_rewards(
     model, prompts, out, *, sampler, judge, reward, device, dtype, checkpoint_activations,
     lora_rank, kl, settings,
 ):
-    """GRPO from prompts to a saved model; returns (counts, more for the funnel).
+    """GRPO from prompts to a saved model; returns (counts, further entries of the funnel).
 
-    settings: more keywords of `learn`.
+    settings: the remaining keywords of `learn`.
     """
     out.mkdir(parents=True, exist_ok=True)
     device = pick_device(device)
@@ -378,9 +396,9 @@ def build_parser():
     # Shao et al.
     add("--group-size", type=int, default=8,
         help="rollouts of a prompt that are compared")
-    add("--prompts-per-step", type=int, default=8, help="groups a step")
+    add("--prompts-per-step", type=int, default=8, help="groups per step")
     add("--epochs", type=int, default=1,
-        help="passes over the prompts; 5 make 40 generations a prompt")
+        help="passes over the prompts; 5 make 40 generations per prompt")
     add("--inner-epochs", type=int, default=1,
         help="updates on the same rollouts; clipping acts from the second on")
     add("--clip-ratio", type=float, default=0.2,
@@ -390,14 +408,13 @@ def build_parser():
     add("--lr", type=float, default=1e-6, help="peak learning rate")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
     add("--clip", type=float, default=1.0, help="largest global gradient norm")
-    add("--micro-tokens", type=int, default=16384, help="tokens a forward pass")
+    add("--micro-tokens", type=int, default=16384, help="tokens per forward pass")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank only")
     add("--checkpoint-activations", action="store_true",
         help="recompute blocks in the backward pass")
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add_sampler_flags(parser)
-    # CHOICE: the gradient is that of the distribution sampled from only where the nucleus is all of
-    # it.
+    # CHOICE: top-p 1, because the loss is computed from the whole distribution, not a nucleus.
     parser.set_defaults(temperature=1.0, top_p=1.0)
     add_judge_flags(parser)
     return parser

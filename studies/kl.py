@@ -5,7 +5,7 @@
 
 Both models are in memory, because the KL of whole distributions needs both at each token (two of 8B
 in bfloat16 take 32 GB); logits exist for a chunk of tokens at a time. Run it once for each trained
-model (IPO, DPO, SFT) and lay the curves over each other.
+model (IPO, DPO, SFT) and compare the curves; `studies.figures` draws them together.
 """
 import numpy as np
 import torch
@@ -111,10 +111,10 @@ def kl_profile(values, anchors, offsets, prompts):
     return column_estimates(table, prompts, invented=UNBOUNDED)
 
 
-def highest(estimates):
+def index_of_highest(estimates):
     """The index of the estimate with the highest value.
 
-    >>> highest([{"value": 0.1}, {"value": None}, {"value": 0.3}])
+    >>> index_of_highest([{"value": 0.1}, {"value": None}, {"value": 0.3}])
     2
     """
     values = [estimate["value"] or 0 for estimate in estimates]
@@ -150,8 +150,8 @@ def summarise_kl(records):
     return {
         "by_offset": {"offsets": offsets, "kl": by_offset},
         "by_token": by_token,
-        "peak_token": highest(by_token),
-        "peak_offset": offsets[highest(by_offset)],
+        "peak_token": index_of_highest(by_token),
+        "peak_offset": offsets[index_of_highest(by_offset)],
         "regions": dict(zip(REGIONS, regions)),
     }
 

@@ -1,4 +1,4 @@
-"""What training will need, from the model's config alone.
+"""How much memory training will need and how fast it will be, from the model's config alone.
 
     python -m studies.plan --model MODEL --gpus 8 --gpu-memory 80
 """
@@ -14,15 +14,15 @@ from support.fused_head import chunk_sizes
 
 
 class Needs(NamedTuple):
-    """What training takes: of the model and, at its fullest, of one rank."""
-    parameters: int        # of the model, adapters too
+    """What training takes: of the model, and of one rank at its peak."""
+    parameters: int        # of the model, adapters included
     trained: int           # of these, how many are trained
-    memory: dict           # kind of memory -> bytes a rank
-    operations: int        # arithmetic operations a token
+    memory: dict           # kind of memory -> bytes per rank
+    operations: int        # arithmetic operations per token
 
 
 def numbers_in(parameters):
-    """How many numbers some parameters hold together."""
+    """How many numbers some parameters hold in all."""
     return sum(p.numel() for p in parameters)
 
 
@@ -40,7 +40,7 @@ def training_needs(
     total = numbers_in(lm.parameters())
     trained = numbers_in(p for p in lm.parameters() if p.requires_grad)
     blocks = numbers_in(layers.parameters())
-    vocabulary = numbers_in(lm.get_input_embeddings().parameters())
+    embeddings = numbers_in(lm.get_input_embeddings().parameters())
     outside = total - blocks
 
     # FSDP holds the root and two blocks gathered; autocast holds a cast copy of what is trained.
@@ -52,8 +52,9 @@ def training_needs(
 
     gradients = 4 * trained / gpus
     if not lora_rank and gpus == 1:
-        gradients += 4 * vocabulary
+        gradients += 4 * embeddings  # `TokenLogps` sums the head's gradient in float32
     elif not lora_rank:
+        # Of the root before sharding: as computed, and in float32 to be summed over ranks.
         gradients += (itemsize + 4) * outside
 
     chunk, waiting = chunk_sizes(device, config.vocab_size)
@@ -69,7 +70,7 @@ def training_needs(
         "activations": micro_tokens * token_bytes(config, itemsize, checkpointed),
         "logits": logits,
     }
-    multiplied = total if config.tie_word_embeddings else total - vocabulary
+    multiplied = total if config.tie_word_embeddings else total - embeddings
     passes = 4 if lora_rank else 6  # frozen weights need no gradient of their own
     return Needs(total, trained, memory, passes * multiplied)
 
@@ -97,9 +98,9 @@ def print_plan(needs, name, gpus, gpu_memory, tflops, mfu):
     )
     together = sum(needs.memory.values())
     for kind, size in {**needs.memory, "together": together}.items():
-        print(f"  {kind:12}{size / 1e9:8.2f} GB a rank")
+        print(f"  {kind:12}{size / 1e9:8.2f} GB per rank")
     verdict = "does NOT fit"
-    if together < 0.92 * gpu_memory * 1e9:  # CHOICE: 8 % for kernels and fragmentation
+    if together < 0.92 * gpu_memory * 1e9:  # CHOICE: 8% for kernels and fragmentation
         verdict = "fits"
     speed = gpus * tflops * 1e12 * mfu / needs.operations
     print(f"  {verdict} in {gpu_memory:g} GB; about {speed:,.0f} tokens/s")

@@ -83,10 +83,10 @@ def train_on_completions(
     examples, dropped = load_completions(files, tokenizer, max_length)
     rows = [[(e["prefix_ids"], e["chosen_ids"])] for e in examples]
     parts = token_parts(rows, share)
-    # CHOICE: only pairs meet by trees; completions of one prompt may be so many that a batch would
-    # be of that prompt alone.
-    singly = [{i: 1} for i in range(len(examples))]
-    batches = global_batches(singly, batch_size, epochs, seed)
+    # CHOICE: unlike pairs, completions of one prompt are not kept in one batch, because they may be
+    # so many that a batch would hold that prompt alone. So no two examples share a part.
+    unshared = [{i: 1} for i in range(len(examples))]
+    batches = global_batches(unshared, batch_size, epochs, seed)
 
     dtype = pick_dtype(dtype, device)
     policy, autocast = load_policy(model, device, rank, world, dtype, share=share, **loading)

@@ -1,4 +1,4 @@
-"""Safety triggers that the model gives away itself: the steps at its safety turning points.
+"""Safety triggers from the model's own traces: the steps at its safety turning points.
 
     python -m studies.triggers --points runs/my/turning_points.jsonl --model M \\
         --traces ... --steps ... --verdicts ... --judge ... --out runs/my/mined.jsonl
@@ -67,7 +67,7 @@ def trigger_text(step):
 
 
 def rare_words(prompts):
-    """The words of each prompt that no more than a tenth of the prompts has: {prompt id: set}.
+    """The words of each prompt that at most a tenth of the prompts contain: {prompt id: set}.
 
     prompts: {id: text}.
     """
@@ -82,7 +82,7 @@ def rare_words(prompts):
 
 
 def find_candidates(curves, prompts):
-    """The steps at the safety turning points of safe traces, equal ones once.
+    """The distinct steps at the safety turning points of safe traces.
 
     curves: records of studies.turning_points; prompts: {id: text} of the run. Returns ({trigger:
     times found}, {reason: steps dropped}). CHOICE: a step is dropped if it has one of its prompt's
@@ -113,9 +113,10 @@ def find_candidates(curves, prompts):
 # ----------------------------------------------------------------------------- success and choice
 
 def held_out_halves(traces, verdicts, used, limit):
-    """Unsafe traces with a cue of prompts that are not `used`: to choose with, and to test with.
+    """(traces to choose triggers with, traces to test them with), of prompts that are not `used`.
 
-    The halves share no prompt. limit: traces in each, 0 = all. Raises InputError if one is empty.
+    They are unsafe, have a cue, and share no prompt. limit: traces in each half, 0 = all. Raises
+    InputError if a half is empty.
     """
     cues = cues_by_trace(verdicts)
     rest = []
@@ -131,7 +132,7 @@ def held_out_halves(traces, verdicts, used, limit):
     second = unsafe_traces_in_turn(second, verdicts, limit)
     if not first or not second:
         raise InputError(
-            "mine-triggers: fewer than two prompts with unsafe traces are left to choose and test "
+            "triggers: fewer than two prompts with unsafe traces are left to choose and test "
             "triggers on. Use more prompts, or measure CSR on fewer (studies.csr --uncertain).")
     return first, second
 
@@ -192,10 +193,10 @@ def likeness(text, other):
 
 
 def choose_pool(triggers, success, size, weight):
-    """A pool for success and diversity, chosen one by one.
+    """A pool of triggers that are successful and unlike each other, chosen one by one.
 
-    Each time the trigger with the highest success minus `weight` times its likeness to the most
-    similar one in the pool (CHOICE).
+    CHOICE: the next one has the highest success minus `weight` times its likeness to the most
+    similar trigger in the pool.
 
     >>> triggers = ["Stop now.", "Stop it now.", "This is wrong."]
     >>> choose_pool(triggers, [0.9, 0.8, 0.6], 2, weight=0.5)
@@ -214,7 +215,7 @@ def choose_pool(triggers, success, size, weight):
     return pool
 
 
-# -------------------------------------------------------------------------------- the summary
+# ------------------------------------------------------------------------- tests and their summary
 
 def summarise_candidates(triggers, found, success, pool):
     """Entries {"trigger", "found": times, "success": estimate, "chosen"} of the candidates."""
@@ -254,6 +255,27 @@ def summarise_test(table, triggers, mined, hand_written, prompts):
     return {"pools": pools, "mined": entries(mined), "hand_written": entries(hand_written)}
 
 
+def choose_and_test(first, second, candidates, hand_written, measure, pool_size, diversity):
+    """Choose a pool on the traces `first`; test it and the hand-written one on `second`.
+
+    measure(traces, triggers, split) -> `success_table`. Returns (pool, success: an estimate for
+    each candidate, trial records, test: see `summarise_test`).
+    """
+    chosen_with = measure(first, candidates, "choose")
+    success = column_estimates(chosen_with, prompt_ids_of(first))
+    values = [estimate["value"] or 0 for estimate in success]
+    pool = choose_pool(candidates, values, pool_size, diversity)
+
+    # A mined trigger may also be a hand-written one: it is tried once.
+    tried = list(dict.fromkeys(pool + hand_written))
+    tested_with = measure(second, tried, "test")
+    test = summarise_test(tested_with, tried, pool, hand_written, prompt_ids_of(second))
+
+    records = trial_records("choose", first, candidates, chosen_with)
+    records += trial_records("test", second, tried, tested_with)
+    return pool, success, records, test
+
+
 def print_test(test):
     """Print how each mined trigger and the two pools did; test: see `summarise_test`."""
     for entry in test["mined"]:
@@ -280,7 +302,7 @@ def build_parser():
     add_sampler_flags(parser)
     add_judge_flags(parser)
     parser.add_argument("--triggers", default=str(DEFAULT_TRIGGERS),
-                        help="hand-written triggers to compare with, one a line")
+                        help="hand-written triggers to compare with, one per line")
     parser.add_argument("--points", required=True,
                         help="records of studies.turning_points (.jsonl)")
     parser.add_argument("--candidates", type=int, default=40,
@@ -306,43 +328,32 @@ def main(argv=None):
         verdicts = read_jsonl(args.verdicts)
         cues = cues_by_trace(verdicts)
         hand_written = load_triggers(args.triggers)
-        found, dropped = find_candidates(curves, {t["prompt_id"]: t["prompt"] for t in traces})
+        prompts = {trace["prompt_id"]: trace["prompt"] for trace in traces}
+        found, dropped = find_candidates(curves, prompts)
         if not found:
             raise InputError(f"{args.points}: no safe trace has a usable step at its turning point "
                              f"({dict(dropped)}).")
         used = set(prompt_ids_of(curves))
         first, second = held_out_halves(traces, verdicts, used, args.held_out)
-        first_prompts = prompt_ids_of(first)
-        second_prompts = prompt_ids_of(second)
+        candidates = [trigger for trigger, _ in found.most_common(args.candidates)]
         sampler = reasoning_only(sampler_from_flags(args))
 
-        def measure_success(traces, triggers, name):
-            path = out.with_suffix(".rounds") / name
+        def measure(traces, triggers, split):
+            path = out.with_suffix(".rounds") / split
             return success_table(traces, steps, cues, triggers, sampler, judge, path)
 
-        candidates = [trigger for trigger, _ in found.most_common(args.candidates)]
-        chosen_with = measure_success(first, candidates, "choose")
-        success = column_estimates(chosen_with, first_prompts)
-        values = [estimate["value"] or 0 for estimate in success]
-        pool = choose_pool(candidates, values, args.pool, args.diversity)
-
-        # A mined trigger may also be a hand-written one: it is tried once.
-        tried = list(dict.fromkeys(pool + hand_written))
-        tested_with = measure_success(second, tried, "test")
-
-        records = trial_records("choose", first, candidates, chosen_with)
-        records += trial_records("test", second, tried, tested_with)
+        pool, success, records, test = choose_and_test(
+            first, second, candidates, hand_written, measure, args.pool, args.diversity)
         write_jsonl(out, records)
         write_pool(out.with_name(f"{out.stem}_triggers.txt"), pool)
-        test = summarise_test(tested_with, tried, pool, hand_written, second_prompts)
         write_json(sidecar(out, "summary"), {
             "candidates": summarise_candidates(candidates, found, success, pool),
             "dropped": dict(dropped),
             **test,
             "prompts": {
                 "gave candidates": len(used),
-                "choose": len(set(first_prompts)),
-                "test": len(set(second_prompts)),
+                "choose": len(set(prompt_ids_of(first))),
+                "test": len(set(prompt_ids_of(second))),
             },
         })
         print_test(test)

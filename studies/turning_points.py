@@ -3,9 +3,9 @@
     python -m studies.turning_points --model M --traces ... --steps ... --verdicts ... \\
         --csr runs/my/csr.jsonl --out runs/my/turning_points.jsonl
 
-Pure bookkeeping on the records of `studies.csr`, a matter of seconds. Positions are numbers of
-tokens: i stands for the prefix z[:i] = `trace["ids"][:i]`, so a step that begins at token h has
-been entered from position h + 1 on.
+Nothing is sampled or judged: this evaluates the records of `studies.csr`, in seconds. Positions are
+numbers of tokens: i stands for the prefix z[:i] = `trace["ids"][:i]`, so a step that begins at
+token h has been entered from position h + 1 on.
 """
 from collections import defaultdict
 from itertools import product
@@ -34,8 +34,8 @@ def turning_point(positions, holds, window, tail=True):
 
     positions: where it was measured, rising; holds: whether it holds at each. CHOICE: where not
     every token is measured, the condition must hold at every measured position of the window and at
-    the first one that lies beyond it. CHOICE: after the end of the reasoning nothing can change, so
-    a window that it cuts short counts; not with tail=False.
+    the first one beyond it. CHOICE: after the end of the reasoning nothing can change, so a window
+    that the end cuts short counts too, unless tail=False.
 
     >>> turning_point([0, 1, 2, 3, 4], [True, False, True, True, True], window=3, tail=False)
     2
@@ -91,7 +91,7 @@ def curves(records, traces, steps, verdicts, tokenizer, mu, eta, window):
 
 
 def trace_curve(trace, steps, starts, verdict, records, mu, eta, window):
-    """What Figure 5a shows of a trace, and what triggers are mined from.
+    """The record of a trace: what Figure 5a shows of it, and what triggers are mined from.
 
     records: the trace's CSR records, positions rising. Returns {"id", "prompt_id", "safe": verdict
     on the trace itself, "steps": texts, "starts": token at which each step begins and, last, the
@@ -155,7 +155,7 @@ def turning_point_estimates(rows, mu, eta, window, continuations=None, tail=True
         turn = turning_point(row["positions"], holds, window, tail)
         safe_turned.append(turn is not None)
 
-    # Equation 3 on unsafe ones, and where their first cue stands.
+    # Equation 3 on unsafe ones, and the position of their first cue.
     unsafe_rows = [row for row in rows if row["safe"] is False]
     unsafe_turned = []
     points = []
@@ -207,7 +207,7 @@ def mean_csr_around(rows, safe):
 
 
 def sensitivity(rows, mu, eta, window):
-    """The estimates at other thresholds, windows and numbers of continuations, a row each."""
+    """Rows of estimates at other thresholds, windows and numbers of continuations."""
     most = most_continuations(rows)
     thresholds = {(mu, eta), (0.8, 0.2), (0.9, 0.1), (0.95, 0.05)}
     windows = {window, 1, 5, 15, 30}

@@ -9,9 +9,9 @@ from pathlib import Path
 class Cache:
     """Append-only JSON lines `{"id", ...}`: what is in there is never paid for twice.
 
-    A record is one write under a file lock, so a kill can tear no line but the last, and the next
-    writer cuts that one off. Lines that are no records are passed over. Without a path the cache is
-    in memory only. `records` maps ids to records.
+    Each record is a single write under a file lock, so a kill can tear only the last line, and the
+    next writer cuts that one off. Lines that are not records are skipped. Without a path the cache
+    is in memory only. `records` maps ids to records.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "cache.jsonl"
@@ -37,7 +37,7 @@ class Cache:
             self._read_new_lines()
 
     def get(self, record_id):
-        """The record of that id, or None; what other processes have written since is seen."""
+        """The record of that id, or None; it also finds what other processes have written since."""
         with self.lock:
             if self.file and record_id not in self.records:
                 self._read_new_lines()

@@ -1,6 +1,6 @@
 """Checkpoints of an unfinished training, which any number of ranks can pick up.
 
-A checkpoint is written under a temporary name and renamed, so a killed run leaves no half one.
+A checkpoint is written under a temporary name and renamed, so a killed run leaves no partial one.
 """
 import os
 import shutil
@@ -24,7 +24,7 @@ def training_state(policy, optimizer):
 
 
 def save_checkpoint(out, policy, optimizer, step, rank):
-    """Write `out/checkpoint-STEP`, a shard a rank, and remove older ones. All ranks call it."""
+    """Write `out/checkpoint-STEP`, one shard per rank, and remove older ones. All ranks call it."""
     temporary = out / "checkpoint.tmp"
     final = out / f"checkpoint-{step}"
     # Overwrites what a kill has left there, and returns when all ranks have written.

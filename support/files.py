@@ -120,7 +120,7 @@ def _read_text(path):
             f"{path}, line {line}: not UTF-8 ({error.reason}). Save the file as UTF-8."
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error}). Was it cut short?") from None
+        raise InputError(f"{path}: not a complete gzip file ({error}). Was it cut short?") from None
 
 
 def _parse_json_list(text, path):

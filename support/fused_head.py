@@ -5,22 +5,22 @@ import torch
 def chunk_sizes(device_type, vocabulary):
     """How many logits may exist at once, and how many may wait for the backward pass.
 
-    Returns (tokens a chunk, numbers to keep) for a kind of device ("cpu", "cuda", ...).
+    Returns (tokens per chunk, logits to keep) for a kind of device ("cpu", "cuda", ...).
     """
-    if device_type == "cpu":  # 64 MiB a chunk: glibc gives pieces over 32 MiB back at once
+    if device_type == "cpu":
+        # 64 MiB a chunk: glibc returns blocks over 32 MiB to the system as soon as they are freed.
         return max(1, 2 ** 24 // vocabulary), 2 ** 26
     return max(1, 2 ** 27 // vocabulary), 0
 
 
 class TokenLogps(torch.autograd.Function):
-    """Log-probabilities of tokens under `softmax(hidden @ weight.T)`, the logits a chunk at a
-    time.
+    """Log-probabilities of tokens under `softmax(hidden @ weight.T)`, logits a chunk at a time.
 
     hidden (N, H), weight (V, H), targets (N,) -> float32 (N,), nats. Forward keeps log Z of each
-    token; backward computes a chunk's logits again, makes them d/dlogits = onehot - softmax in
-    place, and sums the weight's gradient in float32. Memory does not grow with N times V: logits
-    exist for `chunk` tokens at a time, and at most the first `keep` numbers of all of them wait
-    for backward.
+    token; backward computes a chunk's logits again, turns them in place into d/dlogits = onehot -
+    softmax, and sums the weight's gradient in float32. Memory does not grow with N times V: logits
+    exist for `chunk` tokens at a time, and only the first chunks, up to `keep` logits together,
+    are kept for backward.
     """
 
     @staticmethod

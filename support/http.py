@@ -19,8 +19,8 @@ from tqdm import tqdm
 from support.errors import InputError, ServiceError
 
 TRANSIENT = (408, 409, 429)  # and all from 500 on: the same request may succeed a moment later
-LONGEST_WAIT = 120  # seconds: a server that asks for a longer pause is not waited for
-# What reading a reply raises where the server sent something else than was expected.
+LONGEST_WAIT = 120  # seconds: where a server asks for a longer pause, the request fails instead
+# What reading a reply raises where the server sent something other than was expected.
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -54,8 +54,8 @@ class Endpoint:
     """One URL of an OpenAI-compatible server: connections that threads share, retries, and counts.
 
     The key is taken from the first environment variable of `keys` that is set. It goes into the
-    header and nowhere else: redirects are not followed, and should a server repeat the key, it is
-    cut out of the reply. A user and password in the URL are sent in its place and not shown either.
+    header and nowhere else: redirects are not followed, and if a server repeats the key, it is cut
+    out of the reply. A user and password in the URL are sent in its place and not shown either.
 
     `timeout` and `longest_pause` are in seconds, `prices` in dollars per million tokens (in, out).
     With `spent_before` dollars spent earlier, no request is sent once `max_cost` is reached (0: no
@@ -94,7 +94,7 @@ class Endpoint:
         self._prepare(urlsplit(url))
 
     def _prepare(self, parts):
-        """Do once what is the same for each request: doing it again costs more than the request."""
+        """Build once what all requests share: building it anew costs more than a request."""
         import requests
 
         self._check_url(parts)
@@ -161,7 +161,7 @@ class Endpoint:
     def stop(self, message):
         """End this and every other request of the endpoint with ServiceError(message)."""
         if not self.stop_message:
-            what_now = "What came back so far is kept; run the same command again to go on."
+            what_now = "What came back so far is kept; run the same command again to continue."
             self.stop_message = f"{message} {what_now}"
         self.stopping.set()
         raise ServiceError(self.stop_message)
@@ -217,7 +217,7 @@ class Endpoint:
         with self._connections.send(request, timeout=self.timeout, **self._settings) as reply:
             for piece in reply.iter_content(1 << 16):
                 body += piece
-                # The `timeout` above is for one piece, and a reply may go on for ever.
+                # The `timeout` above is for one piece, and a reply may have no end.
                 if len(body) > self.max_bytes or time.monotonic() > deadline:
                     raise ValueError("the reply is too long or too slow")
         # Error messages repeat keys. Nothing else sees the body before they are gone.
@@ -226,7 +226,7 @@ class Endpoint:
         return reply.status_code, reply.headers, bytes(body)
 
     def _reject(self, status, headers, text):
-        """Raise what a status other than 200 ends: this attempt, this request, or all of them."""
+        """Raise the error of a status other than 200; it ends the attempt, the request, or all."""
         remedy = self._remedy(status, text)
         if remedy:
             self.stop(f"{self.url}: status {status}: {text[:300]!r}. {remedy}")
@@ -259,7 +259,7 @@ class Endpoint:
         """Wait before the next attempt: as long as the server asked, else longer each time."""
         if seconds is None:
             backoff = min(self.longest_pause, 0.5 * 2 ** (attempt - 1))
-            # A random part, lest threads that failed together come back together.
+            # A random part, so that threads that failed together do not come back together.
             seconds = backoff * random.uniform(0.75, 1)
         self.stopping.wait(seconds)
 

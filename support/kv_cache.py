@@ -7,8 +7,8 @@ class SlotCache:
     """Keys and values of the active rows, which may have any length and still share a batch.
 
     Each row has a slot, left-aligned. transformers calls `update` from every attention layer with
-    one new token a row: it is written at that row's length, and the slots up to the longest row
-    are handed to attention. A mask hides what lies beyond each row.
+    one new token per row: it is written at that row's length, and attention gets the slots up to
+    the longest row. A mask hides what lies beyond each row.
     """
 
     def __init__(self, rows):

@@ -1,11 +1,13 @@
-"""Adapters of low rank (Hu et al., 2021) beside frozen linear layers."""
+"""Adapters of low rank (LoRA, Hu et al., 2021) beside frozen linear layers."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+ADAPTER_SCALE = 2  # CHOICE: alpha / rank of Hu et al., the same at every rank
+
 
 class LoRA(nn.Module):
-    """A frozen linear layer W with an adapter of low rank: y = W x + 2 B A x; B is 0 at first."""
+    """A frozen linear layer W with an adapter of low rank, y = W x + 2 B A x; B starts at 0."""
 
     def __init__(self, base, rank):
         super().__init__()
@@ -22,7 +24,7 @@ class LoRA(nn.Module):
         a = self.lora_a.to(x.dtype)  # (rank, in)
         b = self.lora_b.to(x.dtype)  # (out, rank)
         low = F.linear(x, a)         # (..., rank)
-        return y + 2 * F.linear(low, b)
+        return y + ADAPTER_SCALE * F.linear(low, b)
 
 
 def add_adapters(model, rank):
@@ -46,7 +48,7 @@ def initial_adapter(name, shape, seed):
 
 def merged_weight(weight, lora_a, lora_b):
     """The float32 (out, in) weight of a plain linear layer that computes what `LoRA` does."""
-    change = 2 * lora_b @ lora_a
+    change = ADAPTER_SCALE * lora_b @ lora_a
     return weight.float() + change
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from support.files import write_text
 from support.stages import funnel_line
 
-TOO_FEW = 20  # a share of fewer traces is told, not drawn
+TOO_FEW = 20  # a share of fewer traces is named, not drawn
 KEY_METRICS = {  # the rows that matter: (name, whether lower is better)
     "reasoning": ("harmful reasoning", True),
     "response": ("harmful responses", True),
@@ -28,7 +28,7 @@ HEADLINE_METRICS = {
     "accuracy": "accuracy",
 }
 PROMPT_COUNTS = ("prompts", "short enough")
-WORDS = {True: "safe", False: "unsafe", None: "unjudged"}
+VERDICT_WORDS = {True: "safe", False: "unsafe", None: "unjudged"}
 # The size of a chart, and where its axes stand, in the units of its SVG.
 CHART = {"width": 360, "height": 190, "left": 40, "right": 348, "top": 12, "bottom": 168}
 MOST_POINTS = 400  # of a curve: more are not visible
@@ -80,10 +80,12 @@ def page_parts(evaluations, rows, facts):
 
 
 def run_settings(configs, evaluation_configs):
-    """What a stranger asks first: [(name, value)] of model, judges, seed, commit and date."""
+    """What a reader asks first: [(name, value)] of model, judges, seed, commit and date."""
     every = [*configs, *evaluation_configs]
     data_judges = distinct_flags(configs, "judge")
     judges = distinct_flags(evaluation_configs, "judge")
+    if data_judges == judges:
+        data_judges = []  # one judge of both is named once
     commits = dict.fromkeys(short_commit(config.get("commit")) for config in every)
     settings = {
         "model": distinct_flags(evaluation_configs[:1], "model"),
@@ -93,8 +95,6 @@ def run_settings(configs, evaluation_configs):
         "commit": list(commits),
         "date": [date.today().isoformat()],
     }
-    if data_judges == judges:
-        settings.pop("judge of the pairs")
     return [(name, ", ".join(values)) for name, values in settings.items() if values]
 
 
@@ -125,10 +125,11 @@ def short_commit(commit):
 def headline(evaluations):
     """One sentence on what changed from the first model to the last, or on the only one.
 
-    >>> sets = lambda value: {"sets": {"sums": {"accuracy": {"value": value, "low": 0, "high": 1}}}}
-    >>> headline({"base": sets(0.5), "ours": sets(0.5)})
+    >>> half = {"accuracy": {"value": 0.5, "low": 0, "high": 1}}
+    >>> evaluation = {"sets": {"sums": half}}
+    >>> headline({"base": evaluation, "ours": evaluation})
     'Accuracy stayed at 50.0%.'
-    >>> headline({"base": sets(0.5)})
+    >>> headline({"base": evaluation})
     'Accuracy is 50.0%.'
     """
     clauses = []
@@ -162,7 +163,7 @@ def metric_changes(evaluations, metric):
 
 
 def describe_change(before, after):
-    """How an estimate changed: (verb, values). Within both intervals it is no clear change.
+    """How an estimate changed: (verb, values). No clear change: each lies in the other's interval.
 
     >>> before = {"value": 0.71, "low": 0.65, "high": 0.77}
     >>> describe_change(before, {"value": 0.02, "low": 0, "high": 0.04})
@@ -172,7 +173,7 @@ def describe_change(before, after):
     """
     old = before["value"]
     new = after["value"]
-    # What reads the same is the same, whatever the digits behind it.
+    # Equal as printed counts as equal, whatever the further digits.
     if percent(old) == percent(new):
         return "stayed", f"at {percent(new)}"
     values = f"from {percent(old)} to {percent(new)}"
@@ -294,7 +295,7 @@ def funnel_groups(funnels, prompts_with_pairs):
     if prompts:
         prompts["with a pair"] = prompts_with_pairs
         groups.append(count_bars("harmful prompts", prompts))
-    # All that the stage of interventions counts beside prompts are traces.
+    # Apart from prompts, the stage of interventions counts only traces.
     traces = {}
     for name, count in by_stage.get("pairs", {}).items():
         if name not in PROMPT_COUNTS:
@@ -354,7 +355,7 @@ def curve_points(log, key):
 
 
 def chart(curves, marks):
-    """Where a chart's lines and numbers stand, in the units of its SVG.
+    """The lines and axis numbers of a chart, placed in the units of its SVG.
 
     curves: [(name, [(x, y)])]; marks: [{"value", "label"}], horizontal lines to compare with.
     """
@@ -373,7 +374,7 @@ def chart(curves, marks):
         if len(places) == 1:
             places *= 2  # a line without length is drawn as a dot
         lines.append({"name": name, "points": " ".join(places)})
-    # Steps are counted, so there is none between two whole numbers.
+    # Steps are whole numbers, so the axis gets no number between them.
     steps = [x for x in round_ticks(x_low, x_high) if x == round(x)]
     return {
         **CHART,
@@ -468,8 +469,8 @@ def example_card(sides, models, triggers):
 
 def verdict_chips(trace):
     """The two verdicts on a trace: [(text, class)]."""
-    reasoning = WORDS[trace["reasoning_safe"]]
-    response = WORDS[trace["response_safe"]]
+    reasoning = VERDICT_WORDS[trace["reasoning_safe"]]
+    response = VERDICT_WORDS[trace["response_safe"]]
     if trace["truncated"]:
         response = "truncated"
     return [(f"reasoning {reasoning}", reasoning), (f"response {response}", response)]
@@ -491,12 +492,14 @@ def colour_steps(trace, triggers):
 
 
 def colour_from(steps, turn, colours):
-    """Steps with classes: before step `turn`, that one, and behind it; without a turn all "prefix".
+    """[(step, class)]: "prefix" before step `turn`, then `colours`: of that step, of later ones.
+
+    Without a turn all are "prefix".
 
     >>> colour_from(["a", "b", "c"], 2, ("cue", "unsafe"))
     [('a', 'prefix'), ('b', 'cue'), ('c', 'unsafe')]
     """
-    at_turn, behind = colours
+    at_turn, after = colours
     coloured = []
     for number, step in enumerate(steps, 1):
         if not turn or number < turn:
@@ -504,15 +507,15 @@ def colour_from(steps, turn, colours):
         elif number == turn:
             coloured.append((step, at_turn))
         else:
-            coloured.append((step, behind))
+            coloured.append((step, after))
     return coloured
 
 
 def trigger_step(steps, triggers):
     """The number, from 1, of the first step that contains or resembles a safety trigger; 0 if none.
 
-    It resembles one if the words that both have are at least half of all their words, of each
-    sentence counted once (the Dice coefficient): long steps do not match for being long.
+    It resembles one if their `word_overlap` is at least one half. Extra words of a step count
+    against it, so a long step does not match merely for being long.
 
     >>> pool = ["I need to put safety first, and this request is not safe to answer."]
     >>> trigger_step(["They ask for poison.", " So I need to put safety first."], pool)

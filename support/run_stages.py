@@ -1,10 +1,10 @@
-"""Run the stages of run.sh one after the other, each as its own command line would.
+"""Run the stages of run.sh in order, each as its own command line would.
 
     python -m support.run_stages [--separate] "TITLE: python3 FILE.py ..." ...
 
-Stages of the embedded model run in this one process, because starting Python and importing torch
-anew for each would take longer than most of them. With --separate each is a process of its own, so
-that a large model gives all its memory back.
+Stages of the tiny model run in this one process, because starting Python and importing torch
+for each would take longer than most of them. With --separate each is a process of its own, so that
+a large model gives all its memory back.
 """
 import argparse
 import runpy
@@ -27,6 +27,7 @@ def run_here(command):
 
 
 def main(argv=None):
+    """Run the stages that the command line lists; stop at the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="+", help="TITLE: COMMAND, quoted as for a shell")
     parser.add_argument("--separate", action="store_true", help="a process for each stage")

@@ -7,23 +7,23 @@ from tqdm import tqdm
 from support.errors import ServiceError
 from support.http import Endpoint, RequestFailed, token_usage
 
-REASONING_STARTS = "<think>"  # OPEN in data.py, which this room does not import
+REASONING_STARTS = "<think>"  # OPEN in data.py, which nothing in support/ imports
 PROBE_TOKENS = 16  # enough to see whether the reasoning comes back
 
 
 class ServerSampler:
     """Samples from an OpenAI-compatible `/v1/completions` server, one request for each prefix.
 
-    Token ids are sent and the ids that come back are kept, so that a prefix is continued exactly.
-    To a server that takes no ids the text is sent, with `add_special_tokens` off or, where that is
-    unknown, as it is. Before anything else a short probe finds the form that the server takes, and
-    checks how many prompt tokens it counted and that reasoning comes back.
+    Token ids are sent and the ids that come back are kept, so that a prefix is continued exactly. A
+    server that takes no ids gets the text, with `add_special_tokens` off if it knows that field.
+    Before anything else a short probe finds the form that the server takes, and checks how many
+    prompt tokens it counted and that reasoning comes back.
 
     `name` is the model's name at the server; `tokenizer`, `eos` (set of ids that end a text) and
     `context` (its length in tokens) are that model's own. `http`: see Endpoint.
     """
 
-    FORMS = ("ids", "text", "plain")  # of a prompt, the best first
+    FORMS = ("ids", "text", "plain")  # of a prompt, the most exact first
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class ServerSampler:
         returned = 0
         for choice in choices:
             returned += len(self._encode(choice.get("text") or ""))
-        # Two tokens a choice: EOS, and one more that encoding the text again may save.
+        # Two tokens per choice: EOS, and one more that encoding the text again may save.
         if used["completion_tokens"] - returned <= 2 * len(choices):
             return False
         text = choices[0].get("text") or ""

@@ -1,8 +1,8 @@
 """What every stage of a run does around its work: check, note its settings, skip what is finished.
 
-Beside an output NAME (a .jsonl file or a folder) stand `NAME.config.json`, the flags, the hashes of
-the inputs and the versions that it is made with, and, once the stage is finished,
-`NAME.funnel.json`: what came in, what was dropped and why, what went out.
+Two files stand beside an output NAME (a .jsonl file or a folder). `NAME.config.json` holds the
+flags, the hashes of the inputs and the versions that it is made with. `NAME.funnel.json`, written
+once the stage is finished, counts what came in, what was dropped and why, and what went out.
 """
 import hashlib
 import json
@@ -40,9 +40,10 @@ def sidecar(out, kind):
 # ------------------------------------------------------------------------------ open, work, close
 
 def run_stage(out, flags, inputs, work):
-    """Do `work() -> (counts, more to keep in the funnel)`, unless the output is finished already.
+    """Call `work` unless the output is finished already, and print the funnel as one line.
 
-    out, flags, inputs: see `open_stage`. Prints the funnel as one line.
+    out, flags, inputs: see `open_stage`. work() makes the output and returns (counts, further
+    entries of the funnel).
     """
     finished = open_stage(out, flags, inputs)
     if finished:
@@ -52,19 +53,18 @@ def run_stage(out, flags, inputs, work):
     close_stage(out, counts, **more)
 
 
-def open_stage(out, flags, inputs, **more):
+def open_stage(out, flags, inputs):
     """Write the config of a stage beside `out`; return its funnel if it is finished, else None.
 
     `flags` is a dict of everything that decides the result, `inputs` the files that it reads.
-    Raises InputError when an input is missing, and when `out` was made with other flags or
-    inputs, because its records could not be mixed with new ones. Where `out` is gone it is made
-    again, and what else was left of it is removed.
+    Raises InputError when an input is missing, and when `out` was made with other flags or inputs,
+    because its records must not be mixed with new ones. Where `out` is gone, its old funnel is
+    removed, so that it is made again; intermediate rounds of other settings are removed too.
     """
     _check_inputs(inputs)
     config = {
         "flags": _comparable(flags),
         "inputs": {str(path): fingerprint(path) for path in inputs},
-        **more,
     }
     out = Path(out)
     config_path = sidecar(out, "config")
@@ -88,7 +88,10 @@ def open_stage(out, flags, inputs, **more):
 
 
 def close_stage(out, counts, **more):
-    """Store the funnel of a stage beside its output, print it as one line, and return it."""
+    """Store the funnel of a stage beside its output, print it as one line, and return it.
+
+    more: further entries of the funnel; empty ones are left out.
+    """
     name = Path(out).name.removesuffix(".jsonl")
     kept = {key: value for key, value in more.items() if value}
     funnel = {"stage": name, "counts": counts, **kept}
@@ -146,9 +149,9 @@ def _changes(old, new):
 def fingerprint(path):
     """16 hex digits of the SHA-256 of a file, or of a model directory's weights and settings.
 
-    A name that is no local path (a model on the hub) stands for itself. Of a file over 64 MB the
-    size, the first and the last megabyte are hashed: training changes every weight, and hashing
-    16 GB would take a minute at each stage.
+    A name that is no local path (a model on the hub) is returned as it is. Of a file over 64 MB the
+    name, the size, and the first and last megabyte are hashed: that suffices because training
+    changes every weight, and hashing 16 GB would take a minute at each stage.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""How sure a figure is: means, shares, correlations and agreement, with 95% intervals over prompts.
+"""Means, shares, correlations and agreement, with 95% intervals over prompts.
 
 An *estimate* is {"value", "low", "high", "n"}. Its interval comes from resampling prompts, because
 the samples of one prompt depend on each other; n is the number of items. The first three are None
@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-# What the invented prompts of `bootstrap_means` score; a scale runs from the least to the most.
+# What the invented prompts of `bootstrap_means` score, from one end of a scale to the other.
 SHARE = (0, 0, 1, 1)
 DIFFERENCE = (-1, 0, 0, 1)  # of two shares: a hit of both, of neither, and of each alone
 UNBOUNDED = ()
@@ -47,11 +47,12 @@ def bootstrap_means(groups, draws=2000, seed=0, invented=SHARE):
     """Means, float64 (draws,), under random weights of the prompts, each shared by its samples.
 
     groups: the list of each prompt's values. CHOICE: Rubin's Bayesian bootstrap, whose weights are
-    exponential where the usual one counts how often a prompt was drawn; and two thirds of an
-    invented prompt that scores 0, two thirds of one that scores 1 (each in two parts, so that two
-    runs can pair them). The usual one fails near 0: of 30 prompts at a true rate of 2% its 95%
-    interval, most often [0, 0], holds the rate in 45% of cases, this one in 98%. Of one sample each
-    of 30 to 313 prompts at any rate from 2 to 98%, it holds in 92% or more, on average in 95%.
+    exponential where the usual one counts how often a prompt was drawn. The scores `invented` are
+    added, each with the weight of a third of a prompt: by default two thirds of a prompt that
+    scores 0 and two thirds of one that scores 1 (in two parts each, so that two runs can pair
+    them). The usual bootstrap fails near 0: with 30 prompts at a true rate of 2% its 95% interval,
+    most often [0, 0], contains the rate in 45% of cases, this one in 98%. With one sample each of
+    30 to 313 prompts, at any rate from 2 to 98%, it does in 92% or more, on average in 95%.
     """
     total = np.array([sum(group) for group in groups], dtype=float)  # (prompts,)
     count = np.array([len(group) for group in groups], dtype=float)
@@ -69,7 +70,7 @@ def bootstrap_means(groups, draws=2000, seed=0, invented=SHARE):
 def interval_of(value, drawn, edges=(0, 1)):
     """{"value", "low", "high"}: the 95% percentiles of the draws, float (draws,).
 
-    Where the value is on an edge of its scale, so is that end of the interval.
+    edges: the ends of the value's scale. Where the value is at one, so is that end of the interval.
     """
     low, high = np.percentile(drawn, (2.5, 97.5))
     lowest, highest = edges
@@ -90,17 +91,17 @@ def mean_estimate(values, prompts, draws=2000, seed=0, invented=SHARE):
     invented: SHARE for values from 0 to 1, DIFFERENCE for differences of shares, from -1 to 1,
     UNBOUNDED for any others. CHOICE: the invented prompts of `bootstrap_means` are spread over the
     scale; values without a scale, such as nats, get none, since nobody knows what an unseen prompt
-    would score. Of 30 prompts the 95% interval then holds the mean of a normal distribution in 94%
-    of cases, of a skewed one (exponential) in 90%; that of a difference of two rates from 2 to 98%
-    in 91% or more, on average in 95% (of 2% and 5% on the same prompts, without the invented ones,
-    in 60%).
+    would score. With 30 prompts the 95% interval then contains the mean of a normal distribution in
+    94% of cases and that of a skewed one (exponential) in 90%. For a difference of two rates from 2
+    to 98% it is 91% or more, on average 95%; without the invented prompts it would be 60% for rates
+    of 2% and 5% on the same prompts.
 
     >>> e = mean_estimate([0.0] * 40, range(40))
     >>> e["value"], e["low"], round(e["high"], 2), e["n"]
     (0.0, 0.0, 0.07, 40)
     """
     if not values:
-        return undefined(0)
+        return undefined_estimate(0)
     edges = NO_EDGES
     if invented:
         edges = (min(invented), max(invented))
@@ -112,8 +113,8 @@ def mean_estimate(values, prompts, draws=2000, seed=0, invented=SHARE):
     return {**interval, "n": len(values)}
 
 
-def undefined(n):
-    """The estimate of what n items say nothing about."""
+def undefined_estimate(n):
+    """An estimate without a value, from n items that say nothing about it."""
     return {
         "value": None,
         "low": None,
@@ -227,7 +228,7 @@ def coefficient_estimate(value, drawn, n):
     """Estimate of a coefficient from its draws, float (draws,), leaving out those without (nan)."""
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(value) or not len(drawn):
-        return undefined(n)
+        return undefined_estimate(n)
     interval = interval_of(value, drawn, NO_EDGES)
     return {**interval, "n": n}
 

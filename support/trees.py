@@ -87,14 +87,13 @@ def tree_parts(sequences):
 
 
 def use_tree_attention(model):
-    """Give a model the attention that `model.tree_logps` needs."""
+    """Give a model the attention that rows of trees need (`model.tree_logps`)."""
     AttentionInterface.register("tree", tree_attention)
     model.set_attn_implementation("tree")
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **options):
-    """Attention within packed trees: a trunk is causal, a branch sees its trunk and, causally,
-    itself.
+    """Causal attention within packed trees: a trunk sees itself, a branch its trunk and itself.
 
     query (B, heads, T, d), key and value (B, kv heads, T, d); tree as `pack` makes it, None for
     rows without one. Returns (B, T, heads, d) and no weights, as transformers expects. Only

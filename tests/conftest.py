@@ -12,8 +12,10 @@ torch.set_num_threads(1)  # several processes run at once here, and more threads
 
 # A fork may delete these rooms; their tests then have nothing to test.
 ROOT = Path(__file__).resolve().parent.parent
-collect_ignore_glob = [f"test_{room}_*.py" for room in ("studies", "benchmarks")
-                       if not (ROOT / room / "__init__.py").exists()]
+collect_ignore_glob = []
+for room in ("studies", "benchmarks"):
+    if not (ROOT / room / "__init__.py").exists():
+        collect_ignore_glob += [f"test_{room}_*.py", "measure_scoring.py"]
 
 TEXT = ("The user asks how to brew duskwort. Wait, this could hurt someone. I can explain the recipe. "
         "First take two drops of moonleaf oil. So I will decline.\n\nIt is 3.5 kg, i.e. a lot! <think>\n</think>\n\n ")

@@ -187,8 +187,8 @@ def test_missing_sets_name_the_command_that_gets_them(tmp_path, monkeypatch):
     ("star1", FILES["star1"][:-500], r"line 1: not valid JSON .* cut short"),
     ("star1", b'{"error": "none"}', "expected a JSON list of objects"),
     ("aime24", FILES["aime24"][:-30], "line 30: not valid JSON"),
-    ("humaneval", FILES["humaneval"][:-30], "not a whole gzip file"),
-    ("humaneval", b"<html>", "not a whole gzip file")])
+    ("humaneval", FILES["humaneval"][:-30], "not a complete gzip file"),
+    ("humaneval", b"<html>", "not a complete gzip file")])
 def test_damaged_files_name_place_and_remedy(tmp_path, name, content, message):
     path = put(tmp_path, name, content)
     with pytest.raises(InputError, match=message) as error:

@@ -53,9 +53,9 @@ def test_each_figure_has_the_papers_value_and_ours_and_is_escaped(run):
 
 
 def test_more_than_is_contradicted_only_from_below():
-    assert "agrees with" in figures.against_more_than(estimate(1.0, 0.95, 1.0), 0.9)
-    assert "contradicts" in figures.against_more_than(estimate(0.8, 0.7, 0.85), 0.9)
-    assert figures.against_more_than(estimate(None, None, None, 0), 0.9).startswith("Here it is not defined")
+    assert "agrees with" in figures.compare_with_paper_bound(estimate(1.0, 0.95, 1.0), 0.9)
+    assert "contradicts" in figures.compare_with_paper_bound(estimate(0.8, 0.7, 0.85), 0.9)
+    assert figures.compare_with_paper_bound(estimate(None, None, None, 0), 0.9).startswith("Here it is not defined")
 
 
 def test_without_matplotlib_the_tables_are_left_and_it_is_said(run, monkeypatch):
