@@ -611,7 +611,7 @@ def build_parser():
         help="files of pair records")
     # CHOICE: stage 2 keeps the base model as reference, so that the harmful pairs, which stage 1
     # has learned, give little gradient. With stage 1 as reference they start again at log 2, and
-    # the embedded model's language degraded.
+    # the tiny model's language degraded.
     add("--reference",
         help="the frozen model of Eq. 4; default: --model as it is before training")
     # CHOICE: beta is not in the paper; 0.1 is the usual value.

@@ -7,7 +7,7 @@ usage() {
     cat <<'HELP'
 usage: [VARIABLE=value ...] bash run.sh [command]
 
-  (none)      the whole method on the embedded model, into runs/toy; a second run skips what is finished
+  (none)      the whole method on the tiny model, into runs/toy; a second run skips what is finished
   stages      print the command of every stage, to run them one by one
   test        the tests (further words go to pytest)
   figures     after a run: the safety dynamics behind the method, into the same report
@@ -40,7 +40,7 @@ BATCH               128; 16                            rows sampled together
 LR, LR2             3e-4, 5e-5; 1e-6, 1e-6             learning rates of stages 1 and 2
 EPOCHS              1                                  passes over the pairs in each stage
 TRAIN_ARGS          --checkpoint-activations           more flags for training (toy: none)
-SEED                0
+SEED                0                                  of every random choice
 RUN                 runs/toy                           where everything is written
 PYTHON              python3                            where it lacks a package, .venv is made and used
 CONTINUATIONS       128; 32                            figures: continuations of each prefix
@@ -70,7 +70,7 @@ SETS=${SETS:-}
 toy_sets="direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/prompts/eval_jailbreak.jsonl
     benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl"
 if [ -n "$SETS" ]; then toy_sets=; fi
-EVAL=${EVAL-$toy_sets}
+EVAL=${EVAL-$toy_sets}  # EVAL= is no set of files at all
 TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
 SAMPLES=${SAMPLES:-$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS")}
 INTERVENTIONS=${INTERVENTIONS:-1}
@@ -117,20 +117,21 @@ for requirement in map(Requirement, listed):
         sys.exit(1)
 CHECK
 }
-if satisfied "$PYTHON"; then
-    :
-elif [ -x .venv/bin/python ] && satisfied .venv/bin/python; then
-    PYTHON=.venv/bin/python
-else
+environment=
+for candidate in "$PYTHON" .venv/bin/python; do
+    if satisfied "$candidate"; then environment=$candidate; break; fi
+done
+if [ -z "$environment" ]; then
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         echo "error: Python 3.10 or newer is needed" >&2
         exit 2
     fi
     echo "installing into .venv (once)"
     "$PYTHON" -m venv .venv
-    PYTHON=.venv/bin/python
-    "$PYTHON" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
+    environment=.venv/bin/python
+    "$environment" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
 fi
+PYTHON=$environment
 export TOKENIZERS_PARALLELISM=false
 # Threads that spin while they wait are many times slower on a busy machine.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -198,7 +199,7 @@ case $command in
         fi
         stages=()  # for Figure 7 two other ways of training on the same pairs
         stage "SFT on the chosen sides" "$PYTHON" -m studies.sft $TRAIN_ARGS --model "$MODEL" \
-            --data "$RUN/pairs.jsonl" --lr "$LR" --seed "$SEED" --out "$RUN/sft"
+            --data "$RUN/pairs.jsonl" --lr "$LR" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/sft"
         stage "DPO on whole trajectories" "${train[@]}" --model "$MODEL" \
             --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" --out "$RUN/dpo"
         stage "analysis" "$PYTHON" -m studies.figures --run "$RUN" "${base[@]}" "${sampling[@]}" \
@@ -206,7 +207,7 @@ case $command in
             "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
         exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
     baselines)
-        # The embedded model is too small to gain by more threads.
+        # The tiny model is too small to gain by more threads.
         if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
         if [ -n "${QUICK:-}" ]; then
             SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4 1e-3} GRPO_EPOCHS=${GRPO_EPOCHS:-1}

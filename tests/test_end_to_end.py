@@ -1,4 +1,4 @@
-"""The stages one after the other on the embedded model, small, and each of them killed and started again."""
+"""The stages one after the other on the tiny model, small, and each of them killed and started again."""
 import functools
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The pieces by hand, and a small sweep of the embedded model: costs, split, restarts."""
+"""The pieces by hand, and a small sweep of the tiny model: costs, split, restarts."""
 import json
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Safety dynamics against policies whose value function is known, and the whole analysis on the embedded model."""
+"""Safety dynamics against policies whose value function is known, and the whole analysis on the tiny model."""
 import json
 import math
 import random
@@ -303,7 +303,7 @@ def test_kl_is_laid_out_by_region_and_offset():
     assert offset[0]["value"] == 3 and offset[-2]["n"] == 2 and offset[-3]["value"] is None
 
 
-# ------------------------------------------------------------------------------------------- on the embedded model
+# ------------------------------------------------------------------------------------------- on the tiny model
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -324,7 +324,7 @@ def files(folder, *names):
     return [x for n in names for x in ("--" + n, str(folder / f"{where.get(n, n)}.jsonl"))]
 
 
-def test_the_whole_analysis_on_the_embedded_model(run, capsys):
+def test_the_whole_analysis_on_the_tiny_model(run, capsys):
     inputs = files(run, "traces", "steps", "verdicts")
     for study, name, *more in (
             (csr, "csr", *SAMPLER, *CSR),

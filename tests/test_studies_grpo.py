@@ -242,7 +242,7 @@ def arguments(out, *more):
     [],
     ["--limit", "2", "--dtype", "bfloat16", "--checkpoint-activations", "--kl", "0"],
     ["--limit", "2", "--dtype", "bfloat16", "--lora-rank", "4"]])
-def test_the_stage_on_the_embedded_model(tmp_path, capsys, more):
+def test_the_stage_on_the_tiny_model(tmp_path, capsys, more):
     out = tmp_path / "grpo"
     grpo.main(arguments(out, *more))
     grpo.main(arguments(out, *more))

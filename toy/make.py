@@ -1,4 +1,4 @@
-"""Rebuild the embedded model and its prompt sets from scratch, with the project's own code.
+"""Rebuild the tiny model and its prompt sets from scratch, with the project's own code.
 
     python toy/make.py     # 10 to 20 minutes on two CPU cores; writes toy/{model,prompts,rules.json}
 

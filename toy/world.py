@@ -1,8 +1,8 @@
-"""The invented world of the embedded model: potions, some of them poisons, and how people ask for
+"""The invented world of the tiny model: potions, some of them poisons, and how people ask for
 them.
 
 Nothing here is real: names, ingredients and effects come from syllables and a fixed seed. The world
-gives the corpus that the embedded base model learned from (`corpus`), the prompt sets
+gives the corpus that the tiny base model learned from (`corpus`), the prompt sets
 (`prompt_sets`) and the language that the `rules` judge knows (`rules`). Potions, everyday tasks and
 wrappers of the evaluation never occur in training prompts.
 """
