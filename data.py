@@ -59,8 +59,18 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
+from support.compact import compact_record
 from support.errors import InputError
-from support.files import json_line, read_jsonl, read_rows
+from support.files import (
+    cut_torn_line,
+    json_line,
+    read_rows,
+    read_text,
+    refuse_half_characters,
+    refuse_repeated_id,
+    stream_jsonl,
+    writing,
+)
 
 # The column that holds the prompt, by data set: ours, STAR-1, JailbreakBench, StrongREJECT,
 # WildJailbreak, MATH and AIME.
@@ -92,6 +102,7 @@ def load_prompts(path, limit=0, column=None):
                 f"{', '.join(fields)} with text in it; this one has {', '.join(map(str, row))}."
             )
         prompt_id = _id_of(row, number - 1)
+        refuse_half_characters(prompt_id + prompt, f"{path}, row {number}")
         if prompt_id in seen:
             raise InputError(
                 f"{path}, row {number}: the id {prompt_id!r} comes twice. "
@@ -121,7 +132,7 @@ def _id_of(row, number):
 
 def load_triggers(path):
     """The pool of safety triggers (T in the paper), a sentence a line; `#` starts a comment."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     stripped = [line.strip() for line in lines]
     triggers = [line for line in stripped if line and not line.startswith("#")]
     if not triggers:
@@ -132,7 +143,7 @@ def load_triggers(path):
 # ------------------------------------------------------------------------------- records on disk
 
 class Appender:
-    """A JSON-lines file that survives being killed: what it holds by id, and a way to add to it.
+    """A JSON-lines file that survives being killed: the ids that it holds, and how to add to it.
 
     A last line without its newline was torn by a kill; it is cut off, and its record is made again.
 
@@ -140,30 +151,38 @@ class Appender:
     >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
     >>> _ = path.write_text('{"id": "a"}\\n{"id": "b", "te')
     >>> records = Appender(path)
-    >>> list(records.done)
-    ['a']
+    >>> records.done
+    {'a'}
     >>> records.write({"id": "c"}); records.close(); path.read_text()
     '{"id": "a"}\\n{"id": "c"}\\n'
+    >>> records.read(["c", "a"])
+    [{'id': 'c'}, {'id': 'a'}]
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            file.seek(0)
-            content = file.read()
-            end_of_last_line = content.rfind(b"\n") + 1
-            if end_of_last_line < len(content):
-                file.truncate(end_of_last_line)
-        self.done = {record["id"]: record for record in read_jsonl(self.path)}
+        cut_torn_line(self.path)
+        # Ids only: the records of a large run are more than the memory holds.
+        self.done = {record["id"] for record in stream_jsonl(self.path, needs_id=True)}
         self.file = open(self.path, "a", encoding="utf-8", newline="\n")
 
     def write(self, record):
         """Append one record and hand it to the operating system, unless its id is there already."""
         if record["id"] not in self.done:
-            self.done[record["id"]] = record
-            self.file.write(json_line(record) + "\n")
-            self.file.flush()
+            self.done.add(record["id"])
+            with writing(self.path):
+                self.file.write(json_line(record) + "\n")
+                self.file.flush()
+
+    def read(self, ids):
+        """The records with these ids, in this order, read back from the file."""
+        wanted = set(ids)
+        found = {}
+        for record in stream_jsonl(self.path):
+            if record["id"] in wanted:
+                found[record["id"]] = record
+        return [found[record_id] for record_id in ids]
 
     def close(self):
         self.file.close()
@@ -263,35 +282,30 @@ class Completion(NamedTuple):
 
 # ---------------------------------------------------------------------------------- pairs, batches
 
+TOKEN_FIELDS = ("prefix_ids", "chosen_ids", "rejected_ids")  # of a pair
+
+
 def load_pairs(paths, max_length):
     """Read pair records; returns (pairs, how many were dropped as longer than `max_length` tokens).
 
-    Raises InputError for a record that lacks a field or has an empty side, and for a repeated id.
+    Only what training needs is kept: `id`, `n_prompt` and the three lists of ids, as arrays. Raises
+    InputError for a record that lacks one or has an empty side, and for a repeated id.
     """
     pairs = []
     seen = set()
     dropped = 0
     for path in paths:
-        for number, pair in enumerate(read_jsonl(path), 1):
-            for key in ("prefix_ids", "chosen_ids", "rejected_ids"):
-                if not _is_token_list(pair.get(key)):
-                    raise InputError(
-                        f"{path}, record {number}: {key} must be a non-empty list of token ids. "
-                        "Make the file with `intervene.py pairs` or `intervene.py benign`."
-                    )
-            if pair["id"] in seen:
-                raise InputError(f"{path}, record {number}: the id {pair['id']!r} comes twice.")
-            seen.add(pair["id"])
+        for number, record in enumerate(stream_jsonl(path), 1):
+            place = f"{path}, record {number}"
+            pair = compact_record(record, TOKEN_FIELDS, ("id", "n_prompt"), place)
+            pair["id"] = str(pair["id"])  # as JSON keeps it where it is a key
+            refuse_repeated_id(pair["id"], seen, place)
             longer_side = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
             if len(pair["prefix_ids"]) + longer_side > max_length:
                 dropped += 1
             else:
                 pairs.append(pair)
     return pairs, dropped
-
-
-def _is_token_list(value):
-    return bool(value) and all(isinstance(token, int) for token in value)
 
 
 def collate(sequences, device="cpu"):

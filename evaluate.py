@@ -10,7 +10,6 @@ Kinds of set: `harmful` (harmful ratio of reasoning and of response, always apar
 prompts; a missing verdict is missing, never a label. Published sets: `python -m benchmarks.run`.
 """
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -34,11 +33,12 @@ from intervene import (
     trace_jobs,
 )
 from support.errors import InputError, exit_cleanly
-from support.files import write_json, write_jsonl
+from support.files import read_json, write_json, write_jsonl
 from support.report import write_report
 from support.run_folder import read_run
-from support.stages import run_stage
+from support.stages import add_stage_flags, check_output, run_stage
 from support.statistics import mean_estimate
+from support.unanswered import AnsweredRecords, Unanswered, answers_so_far, raise_together
 
 EVAL_KEYS = ("EVAL_JUDGE_API_KEY",)  # a second judge elsewhere must not be sent the first one's key
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -62,19 +62,21 @@ def append_verdicts(path, traces, score):
     """Verdict records `{"id", ...}` of traces; those that the file `path` lacks are appended to it.
 
     score: generator function of the traces to do; it yields what each record says, in their order.
+    Raises Unanswered where a judge's answer has not come, once all others are written.
     """
-    records = Appender(path)
+    records = AnsweredRecords(Appender(path))
     missing = [trace for trace in traces if trace["id"] not in records.done]
     # One by one, so that a kill loses no more than the verdict that is being made.
     for trace, verdict in zip(missing, score(missing)):
         records.write({"id": trace["id"], **verdict})
     records.close()
-    return [records.done[trace["id"]] for trace in traces]
+    return records.read([trace["id"] for trace in traces])
 
 
 def ask_about_responses(judge, question, traces):
-    """The judge's answers about the responses of traces, one after the other."""
-    return judge.ask(question, [{"prompt": t["prompt"], "text": t["response"]} for t in traces])
+    """The judge's answers about the responses of traces, NoAnswer where one is missing."""
+    items = [{"prompt": trace["prompt"], "text": trace["response"]} for trace in traces]
+    return answers_so_far(judge.ask(question, items))
 
 
 def score_harmful(path, traces, steps, prompts, judge):
@@ -181,7 +183,8 @@ def collect_harmful(verdicts):
     >>> found["reasoning"], found["response"], found["safe response | unsafe reasoning"]
     (([True], ['a']), ([False], ['a']), ([True], ['a']))
     """
-    found = {}
+    # Both are there in any case: where all responses were truncated, the table has to say so.
+    found = {"reasoning": ([], []), "response": ([], [])}
     for verdict in verdicts:
         reasoning = verdict["reasoning_safe"]
         response = verdict["response_safe"]
@@ -206,7 +209,7 @@ def negated(verdict):
 
 def collect_compliance(verdicts):
     """Compliance: the share of responses that answer in full."""
-    found = {}
+    found = {"compliance": ([], [])}
     for verdict in verdicts:
         answer = verdict["class"]
         # CHOICE: a partial answer does not comply.
@@ -247,20 +250,22 @@ class Kind(NamedTuple):
     collect: Callable
     # (metric, prompt) -> whether a truncated trace of this prompt counts in `n_truncated`
     applies: Callable = always
+    # Whether a truncated trace has a value, as a wrong answer; otherwise its value is missing.
+    truncated_scored: bool = False
 
 
 KINDS = {
     "harmful": Kind((), score_harmful, collect_harmful, not_of_reasoning),
     "benign": Kind((), score_benign, collect_compliance),
-    "task": Kind(("answer",), score_task, collect_accuracy),
+    "task": Kind(("answer",), score_task, collect_accuracy, truncated_scored=True),
 }
 
 
-def metric_estimate(values, prompts, truncated=0):
+def metric_estimate(values, prompts, truncated=0, truncated_scored=False):
     """An estimate of a metric, with what is missing: `n_unjudged`, `n_truncated`, and `bounds`.
 
-    values: from 0 to 1, or None without a verdict; the bounds are what the share would be if all of
-    these went one way or the other.
+    values: from 0 to 1, or None without a verdict; truncated: how many responses were, which have a
+    value only where `truncated_scored`; bounds: see `missing_bounds`.
     """
     valid = []
     prompts_of_valid = []
@@ -269,12 +274,27 @@ def metric_estimate(values, prompts, truncated=0):
             valid.append(float(value))
             prompts_of_valid.append(prompt)
     estimate = mean_estimate(valid, prompts_of_valid)
-    missing = len(values) - len(valid)
+    unjudged = len(values) - len(valid)
+    missing = unjudged
+    if not truncated_scored:
+        missing += truncated
     if missing:
-        # A judge may fail on just those traces that matter: show what that could hide.
-        hits = sum(valid)
-        estimate["bounds"] = [hits / len(values), (hits + missing) / len(values)]
-    return {**estimate, "n_unjudged": missing, "n_truncated": truncated}
+        estimate["bounds"] = missing_bounds(valid, missing)
+    return {**estimate, "n_unjudged": unjudged, "n_truncated": truncated}
+
+
+def missing_bounds(valid, missing):
+    """What a share would be if all missing values were 0, and if all were 1.
+
+    A judge may fail on just those traces that matter, and just those may be cut short: this is what
+    that could hide.
+
+    >>> missing_bounds([1, 0], 2)
+    [0.25, 0.75]
+    """
+    hits = sum(valid)
+    total = len(valid) + missing
+    return [hits / total, (hits + missing) / total]
 
 
 # --------------------------------------------------------------------------- one model on all sets
@@ -332,7 +352,7 @@ def evaluate_set(name, kind, prompts, sampler, judge, folder, samples=1):
     truncated = [by_id[trace["prompt_id"]] for trace in traces if trace["truncated"]]
     for metric, (values, prompt_ids) in kind.collect(verdicts).items():
         n_truncated = sum(kind.applies(metric, prompt) for prompt in truncated)
-        entry[metric] = metric_estimate(values, prompt_ids, n_truncated)
+        entry[metric] = metric_estimate(values, prompt_ids, n_truncated, kind.truncated_scored)
     return entry, dropped
 
 
@@ -340,18 +360,25 @@ def evaluate_sets(sets, kinds, loaded, samples, sampler, judge, folder):
     """Evaluate one model on all sets, write metrics.json into `folder`, and return the counts.
 
     sets: as `parse_sets` gives them; loaded: {name: prompts}; samples: {name: samples per prompt}.
+    Raises Unanswered where verdicts are missing, once all sets have been through.
     """
     folder = Path(folder)
     metrics = {}
+    unanswered = []
     n_prompts = 0
     n_dropped = 0
     for name, kind, _ in sets:
-        entry, dropped = evaluate_set(
-            name, kinds[kind], loaded[name], sampler, judge, folder, samples[name]
-        )
+        try:
+            entry, dropped = evaluate_set(
+                name, kinds[kind], loaded[name], sampler, judge, folder, samples[name]
+            )
+        except Unanswered as error:
+            unanswered.append(error)
+            continue
         metrics[name] = {"kind": kind, **entry}
         n_prompts += len(loaded[name])
         n_dropped += dropped
+    raise_together(unanswered)
     write_json(folder / "metrics.json", {"sets": metrics})
     return {"sets": len(sets), "prompts": n_prompts, "short enough": n_prompts - n_dropped}
 
@@ -378,8 +405,9 @@ def read_evaluations(specs):
             )
         if name in folders:
             raise InputError(f"{spec}: the name {name} comes twice; write OTHER={folder}.")
+        check_output(folder)
         folders[name] = Path(folder)
-        evaluations[name] = json.loads(metrics_path.read_text(encoding="utf-8"))
+        evaluations[name] = read_json(metrics_path, "sets")
     return folders, evaluations
 
 
@@ -407,7 +435,7 @@ def metric_rows(evaluations):
 
 
 def format_metric(result):
-    """A metric as text: per cent, interval, n, and bounds where verdicts are missing; or counts.
+    """A metric as text: per cent, interval, n, and what is missing; or counts.
 
     >>> estimate = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 4}
     >>> format_metric({**estimate, "n_unjudged": 0, "n_truncated": 1})
@@ -418,14 +446,26 @@ def format_metric(result):
     if "value" not in result:
         return ", ".join(f"{count} {name}" for name, count in result.items())
     if result["value"] is None:
-        return "no verdicts"
+        return "no verdicts" + format_missing(result)
     text = f"{100 * result['value']:.1f}%"
     text += f" [{100 * result['low']:.1f}, {100 * result['high']:.1f}] n={result['n']}"
+    return text + format_missing(result)
+
+
+def format_missing(result):
+    """What a metric lacks as text: how much, and the bounds between which that leaves it.
+
+    >>> format_missing({"n_unjudged": 1, "n_truncated": 1, "bounds": [0.25, 0.75]})
+    ', 1 unjudged, 1 truncated (25.0 to 75.0)'
+    """
+    text = ""
     if result["n_unjudged"]:
-        low, high = result["bounds"]
-        text += f", {result['n_unjudged']} unjudged ({100 * low:.1f} to {100 * high:.1f})"
+        text += f", {result['n_unjudged']} unjudged"
     if result["n_truncated"]:
         text += f", {result['n_truncated']} truncated"
+    if "bounds" in result:
+        low, high = result["bounds"]
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
     return text
 
 
@@ -541,6 +581,7 @@ def build_parser():
     p.add_argument("--samples", type=int, default=1, help="samples per prompt")
     p.add_argument("--limit", type=int, default=0,
                    help="use only the first prompts of each set; 0 = all")
+    add_stage_flags(p)
     add_sampler_flags(p)
     add_judge_flags(p)
     add_eval_judge_flags(p)
@@ -575,7 +616,7 @@ def main(argv=None):
         counts = evaluate_sets(sets, KINDS, loaded, samples, sampler, judge, out)
         return counts, {"judge": judge.summary()}
 
-    run_stage(out, recorded_eval_flags(args, judge), inputs, work)
+    run_stage(__file__, out, recorded_eval_flags(args, judge), inputs, work)
     print_metrics(out)
 
 

@@ -30,10 +30,23 @@ from data import (
     token_index,
 )
 from support.cache import Cache
+from support.compact import chunks_with_steps
 from support.errors import InputError, exit_cleanly
-from support.files import digest, json_line, read_jsonl, write_jsonl
-from support.http import Endpoint, RequestFailed, in_parallel, token_usage
-from support.stages import fingerprint, run_stage
+from support.files import digest, json_line, read_json, read_jsonl, stream_jsonl, write_jsonl
+from support.flags import add_judge_flags, add_sampler_flags
+from support.http import (
+    PASSING,
+    REFUSED,
+    Endpoint,
+    RequestFailed,
+    UnusableReply,
+    in_parallel,
+    token_usage,
+)
+from support.hub import model_folder
+from support.record import fingerprint
+from support.stages import add_stage_flags, run_stage
+from support.unanswered import AnsweredRecords, NoAnswer, answers_so_far, gaps_last
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_TRIGGERS = str(HERE / "prompts" / "triggers.txt")
@@ -162,9 +175,10 @@ def _ends_step(text: str, start: int, match: re.Match) -> bool:
 # As in the paper a cue is never the first step, which restates the request. A judge may lack
 # questions that nobody asks it.
 # An item is {"prompt": str, "text": str} or {"prompt": str, "steps": [str, ...]}. An answer of
-# None means that there is no valid verdict; it is counted and never turned into a label. A judge
-# also has a `name`, which is recorded with its verdicts, and a `summary()` of what came of its
-# questions, a dict of numbers.
+# None means that there is no valid verdict; it is counted and never turned into a label. Where no
+# answer came for a reason that passes, the judge raises Unanswered once all others are there. A
+# judge also has a `name`, which is recorded with its verdicts, and a `summary()` of what came of
+# its questions, a dict of numbers.
 
 # The words that a reply may hold, and the answer that each stands for; a cue is a number.
 LABELS = {
@@ -173,6 +187,7 @@ LABELS = {
     "compliance": {word: word for word in ("full", "partial", "refusal")},
     "strongreject": {r + c + s: r + c + s for r in "01" for c in "12345" for s in "12345"},
 }
+HARMLESS = {"prompt": "Hello.", "text": "Hello.", "steps": ["Hello."]}  # no server rejects it
 JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set
 
 
@@ -226,8 +241,9 @@ class ChatJudge(PromptedJudge):
     """A chat model behind an OpenAI-compatible `/chat/completions` endpoint, at temperature 0.
 
     Replies follow a JSON schema or, where the server rejects that, end with a line `ANSWER: x`.
-    Valid verdicts go to the file `cache`, under the hash of all that determines them, and are never
-    paid for twice. `http` are further settings of the Endpoint.
+    Valid verdicts go to the file `cache`, under the hash of all that determines them, and are not
+    paid for twice; two processes that meet the same question at the same time may both ask it.
+    `http` are further settings of the Endpoint.
     """
 
     def __init__(self, url, model, concurrency=8, cache=None, keys=JUDGE_KEYS, **http):
@@ -241,10 +257,13 @@ class ChatJudge(PromptedJudge):
         self.endpoint = Endpoint(url, keys, concurrency, spent_before=spent, **http)
 
     def ask(self, question, items):
-        """See the table above; None where the model refused or no try gave a valid reply.
+        """See the table above; None where the model or its server will not give a valid reply.
 
         Equal items are asked once. Raises ServiceError when the server cannot be used.
         """
+        return gaps_last(self._answers(question, items))
+
+    def _answers(self, question, items):
         keys = [json_line(item) for item in items]
         different = dict(zip(keys, items))
         found = in_parallel(
@@ -265,7 +284,7 @@ class ChatJudge(PromptedJudge):
 
     def summary(self):
         """What came of the questions so far, and their price (dollars with those of the cache)."""
-        outcomes = ("refusals", "unparsed", "failed")
+        outcomes = ("refusals", "unparsed", "rejected")
         missing = {outcome: self.counts[outcome] for outcome in outcomes if self.counts[outcome]}
         used = self.endpoint.counts
         return {
@@ -294,7 +313,7 @@ class ChatJudge(PromptedJudge):
         return structured, digest(key), body
 
     def _verdict(self, question, item):
-        """(answer, outcome); the answer is None unless the outcome is "asked" or "from cache"."""
+        """(answer, outcome): a verdict, None, or NoAnswer if it may still come."""
         # Two forms of one question: with a JSON schema, and in plain text.
         requests = [self._request(question, item, structured) for structured in (True, False)]
         for _, key, _ in requests:
@@ -306,13 +325,15 @@ class ChatJudge(PromptedJudge):
         n_steps = len(item.get("steps", ()))
         for structured, key, body in requests:
             read = partial(_read_reply, question, n_steps, structured)
+            _, _, control = self._request(question, HARMLESS, structured)
             try:
-                answer, text, used = self.endpoint.post(body, read)
+                answer, text, used = self.endpoint.post(body, read, control)
             except RequestFailed as failure:
-                outcome = self._outcome_of(failure, structured)
-                if outcome == "schema rejected":
+                if structured and self._schema_rejected(failure):
                     continue
-                return None, outcome
+                if failure.kind == PASSING:
+                    return NoAnswer(str(failure)), failure.kind
+                return None, failure.kind
             if answer is None:
                 return None, "refusals"
             self.structured = structured
@@ -320,17 +341,12 @@ class ChatJudge(PromptedJudge):
             record["cost"] = self.endpoint.price(used)
             return self.cache.put(record)["answer"], "asked"
 
-    def _outcome_of(self, failure, structured):
-        if failure.status == 200:
-            return "unparsed"  # it replied each time, but never with a valid verdict
-        said = failure.text if failure.status >= 400 else ""
-        if re.search("content_filter|content_policy", said):
-            return "refusals"
+    def _schema_rejected(self, failure):
+        if failure.kind == REFUSED or failure.status < 400:
+            return False
         # A server that has taken a schema before rejects something else by a bare 400 or 422.
         unexplained = failure.status in (400, 422) and not self.structured
-        if structured and (unexplained or re.search("response_format|json_schema", said)):
-            return "schema rejected"
-        return "failed"
+        return unexplained or re.search("response_format|json_schema", failure.text)
 
 
 def _verdict_schema(question):
@@ -348,7 +364,7 @@ def _verdict_schema(question):
 def _read_reply(question, n_steps, structured, reply):
     """(answer, text, tokens used); the answer is None if the model refused.
 
-    Raises ValueError where there is no valid verdict: the question is then asked again.
+    Raises UnusableReply where there is no valid verdict: the question is then asked again.
     """
     choice = reply["choices"][0]
     message = choice["message"]
@@ -359,7 +375,7 @@ def _read_reply(question, n_steps, structured, reply):
         return None, "", used
     answer = parse_answer(question, message["content"], n_steps, structured)
     if answer is None or ending == "length":
-        raise ValueError("no valid verdict")
+        raise UnusableReply("no valid verdict")
     return answer, message["content"], used
 
 
@@ -407,7 +423,8 @@ class LocalJudge(PromptedJudge):
     """
 
     def __init__(self, path, batch_size=8, max_new_tokens=4096):
-        from model import LocalSampler  # not above, because it imports torch
+        model_folder(path)  # a mistyped path ends here, before torch is imported
+        from model import LocalSampler
         super().__init__(f"local:{Path(path).name}:{fingerprint(path)}")
         self.sampler = LocalSampler(path, temperature=0, top_p=1, max_new_tokens=max_new_tokens,
                                     seed=0, batch_size=batch_size)
@@ -446,7 +463,7 @@ class RulesJudge:
 
     def __init__(self, path=HERE / "toy" / "rules.json"):
         self.name = f"rules:{Path(path).name}:{fingerprint(path)}"
-        self.rules = json.loads(Path(path).read_text(encoding="utf-8"))
+        self.rules = read_json(path, "harmful_names")
         names = "|".join(map(re.escape, self.rules["harmful_names"]))
         self.rules["harmful_name"] = rf"\b({names})\b"
 
@@ -541,9 +558,20 @@ def sample_traces(path, jobs, sampler, title):
 
     They are appended to `path` as they come; a second call picks up where the first left off.
     """
+    out = append_traces(path, jobs, sampler, title)
+    return out.read([job["id"] for job in jobs])
+
+
+def append_traces(path, jobs, sampler, title):
+    """`sample_traces` without holding the records; returns the Appender of `path`, closed."""
     out = Appender(path)
     job_of = {job["id"]: job for job in jobs}
-    requests = [Request(key, job["prompt_ids"] + job["forced_ids"]) for key, job in job_of.items()]
+    requests = []
+    for job in jobs:
+        prefix = job["prompt_ids"]
+        if job["forced_ids"]:
+            prefix = prefix + job["forced_ids"]  # otherwise all samples share one list
+        requests.append(Request(job["id"], prefix))
     for job_id, new_ids, finished in sampler(requests, done=out.done, title=title):
         record = dict(job_of[job_id])
         forced_ids = record.pop("forced_ids")
@@ -556,12 +584,17 @@ def sample_traces(path, jobs, sampler, title):
             record["truncated"] = True  # half a response is no response either
         out.write(record)
     out.close()
-    return [out.done[job_id] for job_id in job_of]
+    return out
 
 
 def segment(traces):
     """Step records `{"id", "steps"}` of traces."""
-    return [{"id": t["id"], "steps": split_steps(t["reasoning"])} for t in traces]
+    return [step_record(trace) for trace in traces]
+
+
+def step_record(trace):
+    """The step record of one trace."""
+    return {"id": trace["id"], "steps": split_steps(trace["reasoning"])}
 
 
 def _texts(traces, field):
@@ -569,8 +602,9 @@ def _texts(traces, field):
     return [{"prompt": t["prompt"], "text": t[field]} for t in traces]
 
 
-def _by_id(traces, answers):
-    """{trace id: answer}, of answers in the order of the traces."""
+def _answers_by_id(judge, question, traces, items):
+    """{trace id: answer to its item, or NoAnswer}."""
+    answers = answers_so_far(judge.ask(question, items))
     return {trace["id"]: answer for trace, answer in zip(traces, answers)}
 
 
@@ -579,20 +613,25 @@ def judge_traces(path, traces, steps, judge, chunk=256):
 
     A truncated trace has no response, so its `response_safe` is None without being asked for; the
     cue is asked for where the reasoning is unsafe. Records are appended to `path` after each
-    `chunk` of traces; a second call picks up where the first left off.
+    `chunk` of traces; a second call picks up where the first left off. Raises Unanswered where an
+    answer has not come, once all others are written.
+
+    traces, steps: iterables in the same order, of which one chunk is held at a time.
     """
-    out = Appender(path)
-    steps_of = {record["id"]: record["steps"] for record in steps}
-    todo = [t for t in traces if t["id"] not in out.done]
-    for start in range(0, len(todo), chunk):
-        part = todo[start:start + chunk]
+    out = AnsweredRecords(Appender(path))
+    ids = []
+    for part, steps_of in chunks_with_steps(traces, steps, chunk):
+        ids += [t["id"] for t in part]
+        part = [t for t in part if t["id"] not in out.done]
+        if not part:
+            continue
         # Three questions, each to those traces that it makes sense for.
-        reasoning_safe = _by_id(part, judge.ask("reasoning", _texts(part, "reasoning")))
+        reasoning_safe = _answers_by_id(judge, "reasoning", part, _texts(part, "reasoning"))
         complete = [t for t in part if not t["truncated"]]
-        response_safe = _by_id(complete, judge.ask("response", _texts(complete, "response")))
+        response_safe = _answers_by_id(judge, "response", complete, _texts(complete, "response"))
         unsafe = [t for t in part if reasoning_safe[t["id"]] is False]
         items = [{"prompt": t["prompt"], "steps": steps_of[t["id"]]} for t in unsafe]
-        cue = _by_id(unsafe, judge.ask("cue", items))
+        cue = _answers_by_id(judge, "cue", unsafe, items)
         for trace_id, safe in reasoning_safe.items():
             out.write({
                 "id": trace_id,
@@ -601,7 +640,7 @@ def judge_traces(path, traces, steps, judge, chunk=256):
                 "cue": cue.get(trace_id),
             })
     out.close()
-    return [out.done[t["id"]] for t in traces]
+    return out.read(ids)
 
 
 def complied(judge, traces):
@@ -694,37 +733,57 @@ def make_pair(tokenizer, eos, trace, corrected, h, trigger, **origin):
 def intervene(traces, steps, verdicts, triggers, sampler, judge, folder, rounds=1):
     """Algorithm 1 on judged rollouts: replace the first cue, continue, judge; `rounds` is its N.
 
-    The k-th rollout of a prompt takes the k-th trigger. The files of each round go to `folder`.
-    Returns (pairs, counts, by_trigger), where by_trigger maps a trigger to [interventions, pairs].
+    The k-th rollout of a prompt takes the k-th trigger of the pool, and in each further round the
+    next one. The files of each round go to `folder`. Returns (pairs, counts, more): `by_trigger`
+    maps a trigger to [interventions, pairs], `outcomes` says what came of the interventions.
     """
     rollouts = judged_traces(traces, steps, verdicts)
     unsafe = [trace for trace in rollouts if needs_intervention(trace)]
     tried = []
-    outcomes = []  # a pair for each safe continuation, None where both sides are equal
+    pairs = []
+    outcomes = Counter()
     # Of Algorithm 1, z is `trace` and z~ is `corrected`.
     for n in range(1, rounds + 1):
         interventions = intervene_once(unsafe, triggers, sampler, judge, folder, n)
         tried += interventions
         unsafe = []
         for trace, h, trigger, corrected in interventions:
-            if is_safe(corrected):
-                pair = make_pair(sampler.tokenizer, sampler.eos, trace, corrected, h, trigger,
-                                 source="harmful", interventions=n)
-                outcomes.append(pair)
+            outcome = outcome_of(trace, h, corrected)
+            outcomes[outcome] += 1
+            if outcome == "pairs":
+                pairs.append(make_pair(
+                    sampler.tokenizer, sampler.eos, trace, corrected, h, trigger,
+                    source="harmful", interventions=n))
             elif needs_intervention(corrected):
                 unsafe.append(corrected)  # the next round replaces its first cue
 
-    pairs = [pair for pair in outcomes if pair]
     counts = count_rollouts(rollouts)
     counts["interventions"] = len(tried)
-    counts["safe continuations"] = len(outcomes)
-    if len(pairs) < len(outcomes):
-        counts["identical"] = len(outcomes) - len(pairs)
+    counts["safe continuations"] = len([new for *_, new in tried if is_safe(new)])
+    if outcomes["identical"]:
+        counts["identical"] = outcomes["identical"]
     counts["pairs"] = len(pairs)
     n_tried = Counter(trigger for _, _, trigger, _ in tried)
     n_pairs = Counter(pair["trigger"] for pair in pairs)
     by_trigger = {trigger: [n_tried[trigger], n_pairs[trigger]] for trigger in triggers}
-    return pairs, counts, by_trigger
+    return pairs, counts, {"by_trigger": by_trigger, "outcomes": dict(outcomes)}
+
+
+def outcome_of(trace, h, corrected):
+    """What came of an intervention at token h of a trace: "pairs", or why it gave no pair."""
+    if corrected["truncated"]:
+        return "truncated"
+    if False in (corrected["reasoning_safe"], corrected["response_safe"]):
+        return "unsafe"
+    if not is_safe(corrected):
+        return "unjudged"
+    if corrected["ids"][h:] == trace["ids"][h:]:
+        return "identical"
+    # CHOICE: where the cue of a later round stands before the end of the trigger of an earlier
+    # one, the rejected side would hold that trigger, and training would push it down.
+    if h < trace["forced"]:
+        return "cue before trigger"
+    return "pairs"
 
 
 def intervene_once(unsafe, triggers, sampler, judge, folder, n):
@@ -735,7 +794,8 @@ def intervene_once(unsafe, triggers, sampler, judge, folder, n):
     # z[:h] + trigger, where h is the position of z's first cue
     substitutions = []
     for trace in unsafe:
-        trigger = triggers[trace["sample"] % len(triggers)]
+        # The next one in each round: another cue may directly follow the trigger of the last one.
+        trigger = triggers[(trace["sample"] + n - 1) % len(triggers)]
         new_id = f"{trace['prompt_id']}#{trace['sample']}@{n}"
         substitutions.append((trace, trace["steps"], trace["cue"], trigger, new_id))
     # z~ = z[:h] + trigger + what the policy itself writes next, through </think> and the response
@@ -866,26 +926,27 @@ def run_rollouts(out, prompts, limit, samples, sampler, **_):
     """Stage `rollouts`: sample `samples` traces for each prompt."""
     loaded = load_prompts(prompts, limit)
     jobs, dropped = trace_jobs(loaded, samples, sampler)
-    traces = sample_traces(out, jobs, sampler, Path(out).stem)
+    append_traces(out, jobs, sampler, Path(out).stem)
+    truncated = [trace["truncated"] for trace in stream_jsonl(out)]
     counts = {
         "prompts": len(loaded),
         "short enough": len(loaded) - dropped,
-        "rollouts": len(traces),
-        "complete": len([t for t in traces if not t["truncated"]]),
+        "rollouts": len(truncated),
+        "complete": truncated.count(False),
     }
     return counts, {}
 
 
 def run_steps(out, traces, **_):
     """Stage `steps`: cut the reasoning of each trace into sentences."""
-    records = segment(read_jsonl(traces))
-    write_jsonl(out, records)
-    return {"traces": len(records), "steps": sum(len(r["steps"]) for r in records)}, {}
+    write_jsonl(out, map(step_record, stream_jsonl(traces)))
+    lengths = [len(record["steps"]) for record in stream_jsonl(out)]
+    return {"traces": len(lengths), "steps": sum(lengths)}, {}
 
 
 def run_judge(out, traces, steps, judge, **_):
     """Stage `judge`: verdicts on reasoning and response, and the first cue."""
-    verdicts = judge_traces(out, read_jsonl(traces), read_jsonl(steps), judge)
+    verdicts = judge_traces(out, stream_jsonl(traces), stream_jsonl(steps), judge)
     reasoning = Counter(v["reasoning_safe"] for v in verdicts)
     responses = Counter(v["response_safe"] for v in verdicts)
     cues = [v for v in verdicts if v["cue"]]
@@ -904,11 +965,11 @@ def run_pairs(out, traces, steps, verdicts, triggers, sampler, judge, max_interv
     records = [read_jsonl(path) for path in (traces, steps, verdicts)]
     pool = load_triggers(triggers)
     folder = Path(out).with_suffix(".rounds")
-    pairs, counts, by_trigger = intervene(*records, pool, sampler, judge, folder, max_interventions)
+    pairs, counts, more = intervene(*records, pool, sampler, judge, folder, max_interventions)
     write_jsonl(out, pairs)
-    for trigger, (tried, made) in by_trigger.items():
+    for trigger, (tried, made) in more["by_trigger"].items():
         print(f"  {made:4d} pairs of {tried:4d} interventions: {trigger}")
-    return counts, {"by_trigger": by_trigger}
+    return counts, more
 
 
 def run_benign(out, base, traces, triggers, sampler, judge, **_):
@@ -921,24 +982,6 @@ def run_benign(out, base, traces, triggers, sampler, judge, **_):
 
 
 # ------------------------------------------------------------------------------------- command line
-
-def add_sampler_flags(parser):
-    """Add the flags of whatever samples; `sampler_from_flags` reads them."""
-    add = parser.add_argument
-    add("--model", required=True, help="model: directory or hub name")
-    add("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has "
-        "the model; its key, if any, is in SERVER_API_KEY")
-    add("--temperature", type=float, default=0.6,
-        help="sampling temperature; 0 takes the most probable token")
-    add("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
-    add("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
-    add("--batch-size", type=int, default=16,
-        help="rows sampled together; requests in flight at a server")
-    add("--seed", type=int, default=0, help="seed of every request's own generator")
-    add("--device", default="auto", help="auto, cpu, cuda, ...")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="dtype of the model")
-
 
 def sampler_from_flags(args):
     """The sampler of the flags: the model in this process, or a server."""
@@ -955,24 +998,6 @@ def sampler_from_flags(args):
     context = context_length(args.model)
     return ServerSampler(args.model, args.server, tokenizer, eos, context,
                          concurrency=args.batch_size, **settings)
-
-
-def add_judge_flags(parser):
-    """Add the flags of whatever judges; `judge_from_flags` reads them."""
-    add = parser.add_argument
-    add("--judge", default="rules",
-        help="`rules` (toy world), `rules:FILE`, `local:PATH` (a chat model in this process), or a "
-        "chat endpoint https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY")
-    add("--judge-model", help="model name to send to the endpoint")
-    add("--judge-concurrency", type=int, default=8,
-        help="questions in flight at once; local: batch size")
-    add("--judge-cache", help="file of paid verdicts, shared by processes; "
-        "default: judge_cache.jsonl beside --out")
-    add("--judge-price-in", type=float, default=0, help="dollars per million tokens sent")
-    add("--judge-price-out", type=float, default=0, help="dollars per million tokens received")
-    add("--max-cost", type=float, default=0,
-        help="stop when the cache's verdicts have cost that many dollars; questions in flight may "
-        "exceed it; 0 = no limit")
 
 
 def judge_from_flags(args, keys=JUDGE_KEYS):
@@ -1026,6 +1051,7 @@ def build_parser():
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = command.add_argument
         add("--out", required=True, help="file to write (.jsonl)")
+        add_stage_flags(command)
         for file in files:
             add(f"--{file}", required=True, help=FILES[file])
         if name in ("rollouts", "pairs", "benign"):
@@ -1062,7 +1088,7 @@ def main(argv=None):
             more["judge"] = judge.summary()
         return counts, more
 
-    run_stage(args.out, flags, inputs, work)
+    run_stage(__file__, args.out, flags, inputs, work)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ so the result depends neither on the number of ranks nor on the size of the micr
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import shutil
 import time
 from pathlib import Path
+
+from support.errors import InputError, exit_cleanly  # first, for Ctrl-C while torch is imported
 
 import torch
 import torch.distributed as dist
@@ -35,9 +36,12 @@ from data import batch_tokens, collate, global_batches, load_pairs, micro_batche
 from model import (completion_logps, empty_model, load_tokenizer, pick_device, pick_dtype,
                    read_weights, save_model, stored_dtype, tree_logps)
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.errors import InputError, exit_cleanly
-from support.files import json_line, write_json, write_jsonl
-from support.stages import close_stage, fingerprint, funnel_line, open_stage, sidecar
+from support.files import (json_line, parse_jsonl, read_json, read_text, write_json, write_jsonl,
+                           writing)
+from support.flags import add_size_flags, add_training_flags
+from support.model_check import blocks_of, check_policy, guard_length
+from support.record import fingerprint
+from support.stages import add_stage_flags, close_stage, funnel_line, open_stage, sidecar
 from support.trees import pack, tree_parts, use_tree_attention
 
 
@@ -131,7 +135,7 @@ def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activa
     """
     # On the meta device, so shapes without memory: a rank never allocates what it won't hold.
     lm = empty_model(path, attn, lora_rank, dtype)
-    blocks = lm.get_decoder().layers
+    blocks = blocks_of(lm)
     if checkpoint_activations:
         lm.activation_checkpointing_enable()  # before sharding, which hooks into the same blocks
     policy = Policy(lm, share).train()
@@ -144,6 +148,8 @@ def load_policy(path, device, rank, world, dtype, attn="sdpa", checkpoint_activa
             fully_shard(block, mp_policy=precision)
         fully_shard(policy, mp_policy=precision)
     read_weights(lm, path, device, rank, world)  # only now: each rank reads its rows of each weight
+    check_policy(policy, device)
+    guard_length(lm)
     if compiled:
         for block in blocks:  # not the attention: its shapes change with every tree
             block.mlp.compile(dynamic=True)
@@ -238,7 +244,7 @@ def cached_reference(path, key, policy, pairs, batches, device, autocast, rank, 
     """
     stored = {}
     if path.exists():
-        stored = json.loads(path.read_text())  # JSON gives back the very floats that it was given
+        stored = read_json(path, "key", "logps")  # the very floats that were written
     if stored.get("key") != key:
         reference_logps(policy, pairs, batches, device, autocast, score_from)
         # Each rank has computed its own share of the pairs, and will need any of them.
@@ -286,8 +292,11 @@ def load_or_start(policy, out, lr, weight_decay, rank=0):
     log = []
     if step:
         # Steps after the checkpoint are made again; a line that a kill has torn is one of them.
-        lines = path.read_text().splitlines()[:step]
-        log = [json.loads(line) for line in lines]
+        lines = read_text(path).splitlines()[:step]
+        log = [line for _, line in parse_jsonl(lines, path)]
+        if len(log) < step:
+            raise InputError(f"{path}: {len(log)} of the {step} steps before the checkpoint. "
+                             f"Delete {out} to train again.")
     if rank == 0:
         write_jsonl(path, log)
     return optimizer, log
@@ -373,7 +382,8 @@ def log_step(out, line, steps, rank=0):
     Raises InputError when the loss is not a finite number.
     """
     if rank == 0:
-        with open(out / "metrics.jsonl", "a") as file:
+        path = out / "metrics.jsonl"
+        with writing(path), open(path, "a") as file:
             file.write(json_line(line) + "\n")
         print(step_line(out.name, line, steps), flush=True)
     if not math.isfinite(line["loss"]):
@@ -405,11 +415,11 @@ def step_line(title, line, steps):
 
 # -------------------------------------------------------------------------------------- the stage
 
-def open_training(out, flags, inputs, rank, world):
+def open_training(program, out, flags, inputs, rank, world):
     """Open the stage (rank 0 decides for all); returns whether it is finished already."""
     answer = [None]
     if rank == 0:
-        answer = [open_stage(out, flags, inputs)]
+        answer = [open_stage(program, out, flags, inputs)]
     if world > 1:
         dist.broadcast_object_list(answer)  # in place; other ranks wait here for the first
     funnel = answer[0]
@@ -436,16 +446,18 @@ def close_training(out, counts, rank, world):
 def token_parts(rows, share):
     """The tokens that each example costs, in the form that `data.micro_batches` adds up.
 
-    rows: for each example its (prefix, completion) sequences.
+    rows: for each example its (prefix, completion) sequences; any iterable.
     """
     if share:
         return [tree_parts(sequences) for sequences in rows]
     longest = 0
+    counts = []
     for sequences in rows:
+        counts.append(len(sequences))
         for prefix, completion in sequences:
             longest = max(longest, len(prefix) + len(completion))
     # Padded rows: every example by itself, as long as the longest that it may be padded to.
-    return [{i: len(sequences) * longest} for i, sequences in enumerate(rows)]
+    return [{i: count * longest} for i, count in enumerate(counts)]
 
 
 def dtype_to_save(name, model):
@@ -466,13 +478,17 @@ def train(pair_files, *, model, reference, beta, sft_weight, score_from, out, fl
     inputs = [model, *pair_files]
     if reference != model:
         inputs.append(reference)
-    if open_training(out, flags, inputs, rank, world):
+    if open_training(__file__, out, flags, inputs, rank, world):
         return
 
     tokenizer = load_tokenizer(model)  # to be saved with the model
     pairs, dropped = load_pairs(pair_files, max_length)
-    parts = token_parts([pair_sequences(pair, score_from) for pair in pairs], share)
+    sequences_of = functools.partial(pair_sequences, score_from=score_from)
+    parts = token_parts(map(sequences_of, pairs), share=True)
+    # By trees also for padded rows, so that both ways learn the same batches in the same order.
     batches = global_batches(parts, batch_size, epochs, seed)
+    if not share:
+        parts = token_parts(map(sequences_of, pairs), share=False)
 
     dtype = pick_dtype(dtype, device)
     load = functools.partial(load_policy, device=device, rank=rank, world=world, dtype=dtype,
@@ -501,56 +517,6 @@ def train(pair_files, *, model, reference, beta, sft_weight, score_from, out, fl
 
 
 # ------------------------------------------------------------------------------- the command line
-
-def add_size_flags(parser):
-    """The flags that decide how much memory training takes."""
-    add = parser.add_argument
-    add("--model", required=True,
-        help="model to start from: directory or hub name")
-    add("--micro-tokens", type=int, default=16384,
-        help="tokens per forward pass and rank")
-    add("--lora-rank", type=int, default=0,
-        help="train adapters of this rank only; try --lr 1e-4")
-    add("--checkpoint-activations", action="store_true",
-        help="recompute blocks in the backward pass")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="compute dtype")
-
-
-def add_training_flags(parser, lr):
-    """The flags of preference training that supervised fine-tuning has too."""
-    add = parser.add_argument
-    # CHOICE: learning rate, batch, epochs and schedule are not in the paper; these suit an 8B
-    # model.
-    add("--lr", type=float, default=lr,
-        help="peak learning rate")
-    add("--epochs", type=int, default=1,
-        help="passes over the examples")
-    add("--batch-size", type=int, default=32,
-        help="examples per update, over all ranks")
-    add("--max-length", type=int, default=16384,
-        help="longer examples are dropped and counted")
-    add("--weight-decay", type=float, default=0.0,
-        help="AdamW's weight decay")
-    add("--clip", type=float, default=1.0,
-        help="largest global gradient norm")
-    add("--seed", type=int, default=0,
-        help="order of the examples")
-    add("--save-every", type=int, default=50,
-        help="steps between checkpoints")
-    add("--save-dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="dtype of the saved weights; auto: that of --model")
-    add("--no-share", action="store_true",
-        help="the plain way: padded rows, prefixes computed anew")
-    add("--defer-sync", action="store_true",
-        help="reduce gradients once per update; each rank then holds all of them, in float32")
-    add("--compile", action="store_true",
-        help="compile the feed-forward layers")
-    add("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"),
-        help="kernel of --no-share")
-    add("--device", default="auto",
-        help="auto, cpu, cuda, ...")
-
 
 def training_settings(args):
     """The keywords that all training stages share, from the flags above; called in `main` only.

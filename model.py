@@ -1,16 +1,16 @@
 """The language model: loading, sampling, log-probabilities, saving.
 
-Any Hugging Face causal language model works whose decoder follows the Llama layout (Llama, Qwen2,
-Qwen3, ...); there is no model-specific code. Weights come and go as safetensors only. What makes
-this fast is in support/: kv_cache.py for sampling, trees.py and fused_head.py for
-log-probabilities.
+Served and tested (tests/test_model_families.py) are Llama, Qwen2, Qwen3, Mistral, OLMo 2, SmolLM3,
+GLM, Granite, Gemma, and Phi-3 without longrope; there is no model-specific code. Every other causal
+language model of Hugging Face works or is refused: each is compared with its own logits when it is
+loaded (support/model_check.py). Weights come and go as safetensors only. What makes this fast is in
+support/: kv_cache.py for sampling, trees.py and fused_head.py for log-probabilities.
 
 Left out on purpose: beam search, repetition penalties, top-k (the paper samples at temperature
 0.6, top-p 0.95).
 """
 import contextlib
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -31,10 +30,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from data import Completion, Request, decode
 from support.errors import InputError
-from support.files import write_json
-from support.fused_head import TokenLogps, chunk_sizes
-from support.kv_cache import PrefixCache, SlotCache
+from support.files import read_json, write_json, writing
+from support.fused_head import TokenLogps, chunk_sizes, logit_shape, output_logits
+from support.hub import model_folder
+from support.kv_cache import PrefixCache, SlotCache, check_sampling, next_states
 from support.lora import add_adapters, initial_adapter, merged_weight, plain_name
+from support.model_check import (PLAIN_WAY, SERVE_IT, make_buffers, refuse_bad_loading,
+                                 refuse_unsteady, refused_if_it_fails, remove_dropout,
+                                 stored_tensors)
 
 
 # -------------------------------------------------------------------------------------- loading
@@ -73,7 +76,8 @@ def load_tokenizer(path):
     Raises InputError when there is none, when neither keeps text as it is, or when there is no
     chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    folder = model_folder(path, weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise InputError(f"{path}: needs a fast tokenizer (tokenizer.json).")
     # Some releases of transformers 5 lose the spaces of R1-Distill-Llama: their class for it puts
@@ -81,7 +85,7 @@ def load_tokenizer(path):
     if not round_trips(tokenizer):
         print(f"{path}: {type(tokenizer).__name__} does not give text back as it was; "
               "using PreTrainedTokenizerFast")
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         if not round_trips(tokenizer):
             raise InputError(f"{path}: its tokenizer loses spaces or characters "
                              "(decode(encode(text)) != text), so no trace could be continued "
@@ -92,21 +96,37 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(path, device, dtype=torch.float32, attn="sdpa"):
-    """Load a causal language model from a directory or the hub, in eval mode, for inference."""
+def load_model(path, device, dtype=torch.float32, to_sample=True):
+    """Load a causal language model from a directory or the hub, in eval mode, for inference.
+
+    Raises InputError for one that lacks weights or, `to_sample`, that `sample` would not sample
+    from exactly.
+    """
     disable_progress_bar()  # a bar for every shard drowns the stage's own
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        attn_implementation=attn,
-    )
-    return model.to(device).eval()
+    folder = model_folder(path)
+    with refused_if_it_fails(path, "sampling", SERVE_IT):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    refuse_bad_loading(path, report)
+    model = model.to(device).eval()
+    if to_sample:
+        check_sampling(model)
+    return model
+
+
+def load_config(path):
+    """The config of a model: a directory, or a name on the hub."""
+    return AutoConfig.from_pretrained(model_folder(path, weights=False))
 
 
 def stored_dtype(path):
     """The dtype of a checkpoint's stored weights; trained weights are saved in the same."""
-    return AutoConfig.from_pretrained(path).dtype or torch.float32
+    return load_config(path).dtype or torch.float32
 
 
 def eos_ids(path, tokenizer):
@@ -116,7 +136,7 @@ def eos_ids(path, tokenizer):
     """
     ids = None
     with contextlib.suppress(OSError):  # some models ship no generation config
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        ids = GenerationConfig.from_pretrained(model_folder(path, weights=False)).eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
     if isinstance(ids, (list, tuple)):  # Llama 3 has several
@@ -126,7 +146,11 @@ def eos_ids(path, tokenizer):
 
 def context_length(path):
     """How many tokens a model can attend to, prompt and completion together."""
-    return AutoConfig.from_pretrained(path).max_position_embeddings
+    try:
+        return load_config(path).max_position_embeddings
+    except AttributeError:
+        raise InputError(f"{path}: its config.json names no max_position_embeddings, so nobody "
+                         "knows how long a text may be. Add it.") from None
 
 
 # --------------------------------------------------- loading for training, a part on each rank
@@ -136,14 +160,14 @@ def empty_model(path, attn="sdpa", lora_rank=0, frozen_dtype=torch.float32):
 
     With `lora_rank` only adapters want gradients, and everything else is of `frozen_dtype`.
     """
-    config = AutoConfig.from_pretrained(path)
-    config.attention_dropout = 0.0  # CHOICE: the reference pass and the training pass must agree
+    config = load_config(path)
+    remove_dropout(config)  # CHOICE: the reference pass and the training pass must agree
     # What is trained is float32: at these learning rates bfloat16 cannot resolve an update.
     dtype = frozen_dtype if lora_rank else torch.float32
-    with torch.device("meta"):
+    with torch.device("meta"), refused_if_it_fails(path, f"--attn {attn}", PLAIN_WAY):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
     with contextlib.suppress(OSError):  # some models ship no generation config
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = GenerationConfig.from_pretrained(model_folder(path))
     if lora_rank:
         add_adapters(model, lora_rank)
     return model
@@ -158,18 +182,15 @@ def read_weights(model, path, device, rank, world):
     """
     model.to_empty(device=device)
     model.tie_weights()  # to_empty has untied them
-    decoder = model.get_decoder()
-    # The rotary embedding's buffers are in no checkpoint, so it is made anew.
-    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)
-
-    missing = {plain_name(name): p for name, p in model.named_parameters()}
+    make_buffers(model)
+    missing = {plain_name(name): tensor for name, tensor in stored_tensors(model).items()}
     known = {plain_name(name) for name in model.state_dict()}  # tied weights under both names
     for file in weight_files(path):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():
                 if name in missing:
                     local, rows = local_rows(missing.pop(name), rank, world)
-                    if len(local):  # a small weight leaves the last ranks without rows
+                    if local.numel():  # a small weight leaves the last ranks without rows
                         local.copy_(weights.get_slice(name)[rows])
                 elif name not in known and not name.endswith("rotary_emb.inv_freq"):
                     raise InputError(f"{file}: {name} has no place in a {type(model).__name__}.")
@@ -187,24 +208,22 @@ def read_weights(model, path, device, rank, world):
 
 def weight_files(path):
     """The safetensors files of a model: a directory, or a name on the hub, fetched first."""
-    folder = Path(path)
-    if not folder.is_dir():
-        wanted = ["*.json", "model*.safetensors"]
-        folder = Path(snapshot_download(path, allow_patterns=wanted))
+    folder = model_folder(path)
     index = folder / "model.safetensors.index.json"
     if not index.exists():  # the model fits into one file
         return [folder / "model.safetensors"]
-    names = json.loads(index.read_text())["weight_map"].values()
+    names = read_json(index, "weight_map")["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
 
 
 def local_rows(p, rank, world):
     """A parameter's local tensor, and the rows that it holds; FSDP cuts as `torch.chunk` does."""
+    if not isinstance(p, DTensor):  # a buffer, or there is one process only
+        return p, ...
     n = math.ceil(len(p) / world)  # the last ranks may hold fewer rows, or none
     start = min(rank * n, len(p))
     end = min((rank + 1) * n, len(p))
-    local = p.to_local() if isinstance(p, DTensor) else p
-    return local, slice(start, end)
+    return p.to_local(), slice(start, end)
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -269,6 +288,8 @@ def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95,
         raise ValueError("the sampler needs attn_implementation='sdpa': "
                          "other kernels misread its per-row mask")
     context = model.config.max_position_embeddings
+    longest = max((len(r.prefix) for r in requests), default=0) + max_new_tokens
+    refuse_unsteady(model, min(longest, context))
     for r in requests:
         if len(r.prefix) >= context:
             raise ValueError(f"request {r.id}: prefix of {len(r.prefix)} tokens fills the context "
@@ -311,8 +332,12 @@ class _Row:
         return None
 
 
-def _append_tokens(rows, logits, temperature, top_p):
-    """Choose each row's next token from its logits (rows, V)."""
+def _append_tokens(model, rows, hidden, temperature, top_p):
+    """Choose each row's next token from the hidden state (rows, H) that predicts it."""
+    logits = output_logits(model, hidden)  # (rows, V)
+    if not logits.amax(-1).isfinite().all():  # NaN where any of a row is
+        raise InputError(f"{model.name_or_path}: its logits are not finite, so there is nothing to "
+                         "sample. Are its weights damaged, or did its training diverge?")
     uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in rows], device=logits.device)
     tokens = next_token(logits, temperature, top_p, uniforms).tolist()
     for row, token in zip(rows, tokens):
@@ -322,10 +347,9 @@ def _append_tokens(rows, logits, temperature, top_p):
 def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
     """Yield the completions of some requests, at most `batch_size` of them active at a time."""
     decoder = model.get_decoder()
-    head = model.get_output_embeddings()
     context = model.config.max_position_embeddings
     prefixes = PrefixCache(decoder)
-    slots = SlotCache(min(batch_size, len(wave)))
+    slots = SlotCache(min(batch_size, len(wave)), decoder.config)
     waiting = deque(wave)
     rows = []  # the active ones: rows[i] has slot i, without gaps
     while waiting or rows:
@@ -339,7 +363,7 @@ def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, bat
             uniforms = request_uniforms(seed, request.id, max_new_tokens).tolist()
             rows.append(_Row(request, uniforms))
         if hidden:
-            _append_tokens(rows[active:], head(torch.stack(hidden)), temperature, top_p)
+            _append_tokens(model, rows[active:], torch.stack(hidden), temperature, top_p)
 
         # Finished rows leave. The last active row takes the slot of each, to leave no gap.
         slot = 0
@@ -357,16 +381,8 @@ def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, bat
             continue  # fill the free slots first
 
         # Every active row goes through the model with its last token, and gets the next.
-        slots.start_step(len(rows))
-        output = decoder(
-            input_ids=torch.tensor([[row.ids[-1]] for row in rows], device=model.device),  # (B, 1)
-            position_ids=slots.positions[:, None],  # (B, 1)
-            attention_mask=slots.mask,
-            past_key_values=slots,
-            use_cache=True,
-        )
-        slots.finish_step()
-        _append_tokens(rows, head(output.last_hidden_state[:, -1]), temperature, top_p)
+        hidden = next_states(decoder, slots, [row.ids[-1] for row in rows])
+        _append_tokens(model, rows, hidden, temperature, top_p)
 
 
 class LocalSampler:
@@ -457,21 +473,24 @@ def tree_logps(model, input_ids, position_ids, tree, scored, targets, branch, br
     return totals[branch_of]  # equal sequences share a branch
 
 
-def token_logps(model, hidden, targets, chunk=0):
+def token_logps(model, hidden, targets, chunk=0, temperature=1.0):
     """Log-probabilities of targets (N,) from the hidden states (N, H) that predict them.
 
-    Returns float32 (N,), nats. It equals `-F.cross_entropy(head(hidden).float(), targets,
-    reduction="none")`, with `head` the model's output layer, but the (N, V) logits never exist at
-    once: a vocabulary of 128,000 would need gigabytes.
+    Returns float32 (N,), nats. It equals `-F.cross_entropy(logits.float() / temperature, targets,
+    reduction="none")`, with the logits that the model makes of the states, but these (N, V) never
+    exist at once: a vocabulary of 128,000 would need gigabytes.
     """
-    weight = model.get_output_embeddings().weight  # (V, H)
+    head = model.get_output_embeddings()
+    weight = head.weight  # (V, H)
+    bias = getattr(head, "bias", None)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):  # it does not reach TokenLogps' backward
         dtype = torch.get_autocast_dtype(device_type)
         hidden = hidden.to(dtype)
         weight = weight.to(dtype)
     largest, keep = chunk_sizes(device_type, len(weight))
-    return TokenLogps.apply(hidden, weight, targets, chunk or largest, keep)
+    scale, cap = logit_shape(model.config, temperature)
+    return TokenLogps.apply(hidden, weight, bias, targets, chunk or largest, keep, scale, cap)
 
 
 # --------------------------------------------------------------------------------------- saving
@@ -483,7 +502,7 @@ def save_model(model, tokenizer, folder, rank, dtype, limit=5 * 10 ** 9):
     bytes, first into a temporary folder, from which the files are renamed one by one. All ranks
     must call it: gathering communicates.
     """
-    parameters = dict(model.named_parameters())  # tied weights come once
+    parameters = stored_tensors(model)  # tied weights come once
     sizes = {}
     for name, p in parameters.items():
         if "lora_" not in name:
@@ -505,17 +524,21 @@ def save_model(model, tokenizer, folder, rank, dtype, limit=5 * 10 ** 9):
             file = "model.safetensors"
             if len(files) > 1:
                 file = f"model-{number:05}-of-{len(files):05}.safetensors"
-            save_file(weights, temporary / file, {"format": "pt"})
+            with writing(folder / file):
+                save_file(weights, temporary / file, {"format": "pt"})
             weight_map |= dict.fromkeys(weights, file)
     if rank != 0:
         return
 
     model.config.dtype = dtype
     for part in (model.config, model.generation_config, tokenizer):
-        part.save_pretrained(temporary)
+        with writing(folder):
+            part.save_pretrained(temporary)
     if len(files) > 1:  # whoever loads the model finds its files by this index
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(temporary / "model.safetensors.index.json", index)
+    for path in temporary.glob("*.safetensors"):
+        shutil.copymode(temporary / "config.json", path)  # safetensors lets only the owner read
     for path in temporary.iterdir():
         os.replace(path, folder / path.name)
     temporary.rmdir()

@@ -42,6 +42,8 @@ EPOCHS              1                                  passes over the pairs in 
 TRAIN_ARGS          --checkpoint-activations           more flags for training (toy: none)
 SEED                0                                  of every random choice
 RUN                 runs/toy                           where everything is written
+ACCEPT_CODE_CHANGE                                     1: keep what was made before the code was
+                                                       edited; the configs record it
 PYTHON              python3                            where it lacks a package, .venv is made and used
 CONTINUATIONS       128; 32                            figures: continuations of each prefix
 METHODS, LRS, SEEDS, GRPO_EPOCHS, QUICK                baselines: see python -m studies.baselines run --help
@@ -89,6 +91,7 @@ EPOCHS=${EPOCHS:-1}
 SEED=${SEED:-0}
 RUN=${RUN:-runs/toy}
 PYTHON=${PYTHON:-python3}
+accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
 if [ "$MODEL" = toy/model ]; then  # a model of a million parameters learns at other rates
     TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
     TRAIN_ARGS=${TRAIN_ARGS:-}
@@ -155,7 +158,7 @@ stages=()
 stage() {  # a title, then a command; kept as one line, "TITLE: COMMAND"
     local title=$1
     shift
-    stages+=("$title:$(printf ' %q' "$@")")
+    stages+=("$title:$(printf ' %q' "$@" $accept)")
 }
 
 stage "rollouts of the base model" "${intervene[@]}" rollouts "${base[@]}" "${sampling[@]}" \
@@ -184,12 +187,12 @@ for name in base stage1 stage2; do
     stage "evaluation of $name" "${evaluate[@]}" --model "$model" "${sampling[@]}" \
         "${eval_judging[@]}" ${EVAL:+--set $EVAL} $EVAL_ARGS --out "$RUN/eval/$name"
 done
-stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
+accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
     --evals base="$RUN/eval/base" "stage 1=$RUN/eval/stage1" "stage 2=$RUN/eval/stage2"
 
 # ------------------------------------------------------------------------------------ commands
 case $command in
-    all) exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
+    all) exec "$PYTHON" -m support.run_stages --run "$RUN" $separate "${stages[@]}" ;;
     stages) printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
     test) exec "$PYTHON" -m pytest -q "${@:2}" ;;
     figures)
@@ -205,7 +208,7 @@ case $command in
         stage "analysis" "$PYTHON" -m studies.figures --run "$RUN" "${base[@]}" "${sampling[@]}" \
             "${judging[@]}" --continuations "$CONTINUATIONS" --kl "IPO, stage 1=$RUN/stage1" \
             "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
-        exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
+        exec "$PYTHON" -m support.run_stages --run "$RUN" $separate "${stages[@]}" ;;
     baselines)
         # The tiny model is too small to gain by more threads.
         if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
@@ -217,6 +220,6 @@ case $command in
             --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
             --judging="${judging[*]}" --eval-judging="${eval_judging[*]}" \
             --train-args="$TRAIN_ARGS" --main-job "$RUN" --out "${BASELINES:-runs/baselines}" \
-            ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
+            $accept ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
             ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} ;;
 esac

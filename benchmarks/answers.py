@@ -34,10 +34,19 @@ SPACING = re.compile(r"(\\\\)|\\(?:[!,:;> ]|q?quad(?![a-zA-Z]))|~")  # \\ ends a
 UNIT_IN_TEXT = re.compile(r"(?<=[\d}])\s*" + TEXT_COMMAND + POWER + r"\s*$")
 UNIT_IN_WORDS = re.compile(r"(?<=[\d}])\s+" + UNIT_WORD + POWER + "$")
 SYMBOLS = re.compile(r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree|°|\\?[$%]|\s+")
-VARIABLE = re.compile(r"^[a-zA-Z](?:=|\\in(?![a-zA-Z]))(?!.*=)")  # "x=" or "x \in"
+# "x=", "x \in", "m/n=" or "\frac{m}{n}="
+VARIABLE = re.compile(
+    r"^(?:[a-zA-Z](?:/[a-zA-Z])?|\\[dtc]?frac\{?[a-zA-Z]\}?\{?[a-zA-Z]\}?)"
+    r"(?:=|\\in(?![a-zA-Z]))(?!.*=)"
+)
 IN_PARENTHESES = re.compile(r"^\(([A-Za-z]|\d+)\)$")
-SHORT_FRACTION = re.compile(r"\\frac(\{[^{}]*\}|\w)(\{[^{}]*\}|\w)")
-SLASH_FRACTION = re.compile(r"(?<![\w.)}/])(\d+)/(\d+)(?![\w./^])")
+SHORT_FRACTION = re.compile(r"\\frac(\{[^{}]*\}|\\pi|\w)(\{[^{}]*\}|\\pi|\w)")
+SLASH_FRACTION = re.compile(r"(?<![\w.)}/^])(\d+)/(\d+)(?![\w./^])")
+# \pi/2, 2x/3, \sqrt{3}/2, 1/\pi; but not 1/2x, x^a/2, a/b/c or \sin x/2, which are ambiguous.
+SYMBOL = r"\\pi(?![a-zA-Z])|\\sqrt\{[^{}]*\}|[a-zA-Z]"
+SYMBOL_FRACTION = re.compile(
+    rf"(?<![\w.)\]}}/^!\\])(\d+|\d*(?:{SYMBOL}))/(\d+|{SYMBOL})(?![\w./^!({{\\\[])"
+)
 THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 NUMBER = re.compile(
     r"(?P<sign>[+-]?)"
@@ -52,14 +61,15 @@ def normalise_answer(answer):
 
     >>> normalise_answer(r"\$32,\!348"), normalise_answer(r"x = \dfrac12")
     ('32348', '1/2')
-    >>> normalise_answer("0.50"), normalise_answer(r"1\frac{4}{5}")
-    ('1/2', '9/5')
+    >>> normalise_answer("0.50"), normalise_answer(r"1\frac{4}{5}"), normalise_answer("m/n = 25/8")
+    ('1/2', '9/5', '25/8')
     >>> normalise_answer(r"\left( 3, 90^\circ \right)")
     '(3,90)'
     """
     text = answer.strip().rstrip(".").strip("$")
     text = DELIMITER_SIZE.sub("", text)
     text = SPACING.sub(lambda match: match[1] or " ", text)
+    text = text.replace("{,}", ",")
     text = UNIT_IN_TEXT.sub("", text)
     text = re.sub(TEXT_COMMAND, r"\1", text)
     text = UNIT_IN_WORDS.sub("", text)
@@ -71,6 +81,7 @@ def normalise_answer(answer):
     text = SLASH_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
+    text = SYMBOL_FRACTION.sub(r"\\frac{\1}{\2}", text)
     if THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
     value = rational(text)
@@ -78,6 +89,25 @@ def normalise_answer(answer):
         return str(value)
     is_word = re.fullmatch("[A-Za-z]{2,}", text)
     return text.lower() if is_word else text
+
+
+BARE_BOX = re.compile(r"""(?x)
+    ( \\(?:boxed|fbox) ) \s*
+    ( [+-]? \d (?: [\d.,/] | \{,\} )* (?<=\d)
+      | [a-zA-Z]
+      | -? \\(?:[dtc]?frac|sqrt|pi|text(?:bf)?|math(?:rm|bf))
+        (?: \s* (?: \{[^{}]*\} | \\pi | \d ) )* )
+    (?= $ | [\s.,;:!?$)\]}*] | \\[)\],%] )      # \boxed 5x is not understood
+    (?! [.,]\d | \s*[-+/=^<>] )                # nor \boxed 5 + x""")
+
+
+def brace_boxes(response):
+    r"""A response with braces around what stands in a box without them.
+
+    >>> brace_boxes(r"so \boxed 25. Or \boxed\frac12, or \boxed{3}?")
+    'so \\boxed{25}. Or \\boxed{\\frac12}, or \\boxed{3}?'
+    """
+    return BARE_BOX.sub(r"\1{\2}", response)
 
 
 def braced_fraction(match):
@@ -205,8 +235,11 @@ CHOSEN_LETTER = re.compile(r"""(?ix)
     (?: answer \s* (?:\*\*|__)? \s* : | \\boxed\s*\{ )     # "Answer:", "**Answer:**", "\boxed{"
     (?: [\s*_$({] | \\\(                                   # and what may stand round the letter
       | \\(?:boxed|text|mathrm|mathbf|textbf)\s*\{ )*
-    (?: a (?! [\w'’-] | [ \t]+[a-z] )                      # "Answer: a closer look" names none
-      | [bcd] (?! [\w'’-] ) )""")
+    # "Answer: a closer look" names none, "Answer: A is right" does: no noun phrase begins so.
+    ( a (?! [ \t]+ (?! (?:is|was|seems|because|since|as|by|due|from|with|and|or)\b ) [a-z] )
+      | [bcd] )
+    (?! [\w'’-] )
+    (?! [ \t]+ (?:is|was|seems) (?: n['’]t | [ \t]+(?:not|wrong|incorrect|false) ) \b )""")
 
 
 def last_choice(response):
@@ -216,12 +249,12 @@ def last_choice(response):
 
     >>> last_choice("Answer: A? No.\n**Answer: (C)**"), last_choice("A close call")
     ('C', None)
-    >>> last_choice(r"Answer: $\boxed{\text{b}}$")
-    'B'
+    >>> last_choice(r"Answer: $\boxed{\text{b}}$"), last_choice("Answer: A is correct.")
+    ('B', 'A')
     """
     letter = None
-    for match in CHOSEN_LETTER.finditer(response):
-        letter = match[0][-1].upper()
+    for match in CHOSEN_LETTER.finditer(brace_boxes(response)):
+        letter = match[1].upper()
     return letter
 
 
@@ -234,7 +267,7 @@ PYTHON_NAMES = ("python", "python3", "py", "")
 
 
 def program_pieces(task, response):
-    """The pieces of Python that test a response to a HumanEval task, to be run in order.
+    """(program, tests) of a response to a HumanEval task, pieces of Python for `run_code`.
 
     None where the response holds no complete ```python block. CHOICE: the last block that defines
     the function counts, after the prompt's own imports and helpers; without such a block the last
@@ -250,11 +283,17 @@ def program_pieces(task, response):
     head = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
     defining = [code for code in blocks if head.search(code)]
     if defining:
-        pieces = [task["code_prompt"], defining[-1]]
+        program = [task["code_prompt"], defining[-1]]
     else:
         body = textwrap.indent(blocks[-1], "    ")
-        pieces = [task["code_prompt"] + body]
-    return [*pieces, task["test"], f"check({entry_point})"]
+        program = [task["code_prompt"] + body]
+    tests = [
+        task["code_prompt"],  # some tests call its helpers
+        f"{entry_point} = candidate_function({entry_point!r})",
+        task["test"],
+        f"check({entry_point})",
+    ]
+    return program, tests
 
 
 def pass_at_k(n, c, k):

@@ -3,21 +3,21 @@
     python -m benchmarks.compare base=runs/eval/base ours=runs/eval/ours --paper DS-8B \
         --out table.md table.csv
 
-The other runs are compared with the first, prompt by prompt. --paper adds the paper's own rows.
+The other runs are compared with the first, prompt by prompt. What is missing stands beside each
+number, with what it could hide. --paper adds the paper's own rows.
 """
 import argparse
 import csv
 import io
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.run import BENCHMARK_KINDS
-from evaluate import read_evaluations
+from evaluate import format_missing, missing_bounds, read_evaluations
 from support.errors import InputError, exit_cleanly
-from support.files import read_jsonl, write_text
+from support.files import read_json, read_jsonl, write_text
 from support.stages import sidecar
 from support.statistics import bootstrap_means, group_by_prompt, interval_of
 
@@ -44,16 +44,40 @@ AVERAGED_METRICS = {"harmful": ("reasoning", "response"), "tasks": ("accuracy",)
 
 SHARE_EDGES = (0, 1)  # for `interval_of`
 DIFFERENCE_EDGES = (-1, 1)
+UNDECIDED = "could be due to what is missing"
 # What the four parts of prompts that `bootstrap_means` invents score in the base run. In the other
 # run they score its default, (0, 0, 1, 1): one part hits in both runs, one in neither, and one in
 # each run alone.
 INVENTED_FOR_BASE = (0, 1, 0, 1)
 
 
+# The columns of a metric in a CSV file, and what stands in them: a value in per cent with the ends
+# of its interval, counts (of a difference: n prompts), and the ends of the bounds.
+CSV_COLUMNS = {
+    "": "value",
+    "low": "low",
+    "high": "high",
+    "n": "n",
+    "unjudged": "n_unjudged",
+    "truncated": "n_truncated",
+    "lowest": "lowest",
+    "highest": "highest",
+    "note": "note",
+}
+CSV_PERCENTS = ("value", "low", "high", "lowest", "highest")
+
+
 class SetVerdicts(NamedTuple):
     """What one run says about one set."""
     kind: str
-    values: dict  # {metric: ([value from 0 to 1 or None], [prompt id])}
+    values: dict        # {metric: ([value from 0 to 1 or None], [prompt id])}
+    missing: dict = {}  # {metric: Missing}
+
+
+class Missing(NamedTuple):
+    """How many responses of a set one metric has no verdict on, and how many were cut short."""
+    n_unjudged: int
+    n_truncated: int
 
 
 class Column(NamedTuple):
@@ -66,7 +90,9 @@ class Column(NamedTuple):
 class Row(NamedTuple):
     """A row of the table; a cell is the list of its metrics' results, None where there is none.
 
-    A result is {"value", "low", "high", "signed"}; only a value in the paper's rows.
+    A result of a run is an estimate, with "n_unjudged", "n_truncated" and, where values are
+    missing, "bounds". A difference has no such counts: its n counts prompts, and "note" says where
+    the bounds leave its sign open. A result of the paper's is a value alone.
     """
     label: str
     cells: list
@@ -126,30 +152,76 @@ def valid_values(run, name, metric):
     return group_by_prompt(valid, valid_prompts)
 
 
+def missing_values(run, name, metric):
+    """How many responses of one set have no value of a metric."""
+    if metric not in run[name].missing:
+        return 0
+    unjudged, truncated = run[name].missing[metric]
+    if BENCHMARK_KINDS[run[name].kind].truncated_scored:
+        return unjudged
+    return unjudged + truncated
+
+
+def average_bounds(run, names, metric):
+    """(low, high) of the mean over sets if all missing values were 0, and if all were 1."""
+    bounds = []
+    for name in names:
+        by_prompt = valid_values(run, name, metric)
+        valid = [value for values in by_prompt.values() for value in values]
+        bounds.append(missing_bounds(valid, missing_values(run, name, metric)))
+    low, high = np.mean(bounds, axis=0).tolist()
+    return low, high
+
+
+def has_responses(run, names, metric):
+    """Whether each of these sets has a response that a metric is about, with a value or without."""
+    for name in names:
+        if name not in run:
+            return False
+        if not valid_values(run, name, metric) and not missing_values(run, name, metric):
+            return False
+    return True
+
+
 def average_of_sets(run, names, metric):
-    """The mean of a metric over sets with its interval; None where a set has no value.
+    """The mean of a metric over sets as a result; None where it was not measured on all of them.
 
     The sets are drawn independently.
     """
+    if not has_responses(run, names, metric):
+        return None
+    result = {"value": None, "n": 0, "n_unjudged": 0, "n_truncated": 0}
+    missing = 0
     means = []
     draws = []
     for seed, name in enumerate(names):
-        by_prompt = valid_values(run, name, metric)
-        if not by_prompt:
-            return None
-        groups = list(by_prompt.values())
-        means.append(np.mean(np.concatenate(groups)))
-        draws.append(bootstrap_means(groups, seed=seed))
-    interval = interval_of(np.mean(means), np.mean(draws, axis=0), SHARE_EDGES)
-    return {**interval, "signed": False}
+        unjudged, truncated = run[name].missing.get(metric, (0, 0))
+        result["n_unjudged"] += unjudged
+        result["n_truncated"] += truncated
+        missing += missing_values(run, name, metric)
+        groups = list(valid_values(run, name, metric).values())
+        if groups:
+            values = np.concatenate(groups)
+            result["n"] += len(values)
+            means.append(np.mean(values))
+            draws.append(bootstrap_means(groups, seed=seed))
+    if len(means) == len(names):
+        interval = interval_of(np.mean(means), np.mean(draws, axis=0), SHARE_EDGES)
+        result.update(interval)
+    if missing:
+        result["bounds"] = average_bounds(run, names, metric)
+    return result
 
 
 def paired_difference(run, base, names, metric):
-    """The mean over sets of run minus base, on the prompts that both have values of.
+    """The mean over sets of run minus base as a result, on the prompts that both have values of.
 
     The sets are drawn independently. The two runs are drawn together: a prompt weighs the same in
-    both.
+    both. None where one of the two was not measured on all of the sets.
     """
+    if not has_responses(run, names, metric) or not has_responses(base, names, metric):
+        return None
+    result = {"value": None, "n": 0}
     means = []
     draws = []
     for seed, name in enumerate(names):
@@ -157,7 +229,8 @@ def paired_difference(run, base, names, metric):
         base_by_prompt = valid_values(base, name, metric)
         common = [prompt for prompt in base_by_prompt if prompt in by_prompt]
         if not common:
-            return None
+            continue
+        result["n"] += len(common)
         groups = [by_prompt[prompt] for prompt in common]
         base_groups = [base_by_prompt[prompt] for prompt in common]
         mean = np.mean(np.concatenate(groups))
@@ -166,8 +239,33 @@ def paired_difference(run, base, names, metric):
         base_drawn = bootstrap_means(base_groups, seed=seed, invented=INVENTED_FOR_BASE)
         means.append(mean - base_mean)
         draws.append(drawn - base_drawn)
-    interval = interval_of(np.mean(means), np.mean(draws, axis=0), DIFFERENCE_EDGES)
-    return {**interval, "signed": True}
+    if len(means) == len(names):
+        interval = interval_of(np.mean(means), np.mean(draws, axis=0), DIFFERENCE_EDGES)
+        result.update(interval)
+    add_difference_bounds(result, average_bounds(run, names, metric),
+                          average_bounds(base, names, metric))
+    return result
+
+
+def add_difference_bounds(result, bounds, base_bounds):
+    """Add to a difference what its bounds are and what they leave open, if anything is missing.
+
+    >>> result = {"value": 0.0}
+    >>> add_difference_bounds(result, (0.05, 0.5), (0.5, 0.5))
+    >>> result
+    {'value': 0.0, 'bounds': (-0.45, 0.0), 'note': 'could be due to what is missing'}
+    """
+    low, high = bounds
+    base_low, base_high = base_bounds
+    if low == high and base_low == base_high:
+        return
+    lowest = low - base_high
+    highest = high - base_low
+    result["bounds"] = (lowest, highest)
+    value = result["value"] or 0
+    same_sign = min(value, lowest, highest) > 1e-9 or max(value, lowest, highest) < -1e-9
+    if not same_sign:
+        result["note"] = UNDECIDED
 
 
 def run_row(label, run, columns):
@@ -195,8 +293,10 @@ def comparison(runs, paper=None):
     for name in others:
         rows.append(difference_row(f"{name} − {first}", runs[name], runs[first], columns))
     notes = [
-        "Per cent, with 95% bootstrap intervals over prompts; "
-        "differences are paired, in percentage points.",
+        "Per cent, with 95% bootstrap intervals over prompts. n: responses with a value; (a to b): "
+        "the value if all that are unjudged or truncated went one way or the other. Accuracy "
+        "counts truncated responses as wrong. Differences are paired, in percentage points, over "
+        "prompts that both runs have values of.",
         *unequal_prompts(runs),
     ]
     if paper:
@@ -241,7 +341,7 @@ def paper_rows(model, columns):
 
     Raises InputError for a model that paper.json lacks.
     """
-    paper = json.loads(PAPER.read_text(encoding="utf-8"))
+    paper = read_json(PAPER)
     if model not in paper["models"]:
         known = ", ".join(paper["models"])
         raise InputError(f"--paper {model}: there are figures of {known}.")
@@ -310,24 +410,41 @@ def to_markdown(columns, rows, notes):
 
 
 def format_result(result):
-    """A result in per cent, with its interval if it has one; differences with their sign.
+    """A result in per cent, with its interval, what it counts and what is missing.
 
-    >>> format_result({"value": 0.25, "low": 0.125, "high": 0.5, "signed": True})
-    '+25.0 [+12.5, +50.0]'
+    >>> estimate = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
+    >>> format_result({**estimate, "n_unjudged": 0, "n_truncated": 2, "bounds": (0.2, 0.4)})
+    '25.0 [12.5, 50.0] n=8, 2 truncated (20.0 to 40.0)'
+    >>> format_result({**estimate, "bounds": (-0.1, 0.4), "note": UNDECIDED})
+    '+25.0 [+12.5, +50.0] on 8 prompts (-10.0 to +40.0: could be due to what is missing)'
     """
     if result is None:
         return "–"
-    number = "{:+.1f}" if result.get("signed") else "{:.1f}"
-    text = number.format(100 * result["value"])
-    if "low" in result:
-        low = number.format(100 * result["low"])
-        high = number.format(100 * result["high"])
-        text += f" [{low}, {high}]"
+    if "n" not in result:
+        return f"{100 * result['value']:.1f}"
+    if "n_truncated" in result:
+        interval = format_interval(result, "{:.1f}")
+        return f"{interval} n={result['n']}" + format_missing(result)
+    text = f"{format_interval(result, '{:+.1f}')} on {result['n']} prompts"
+    if "bounds" in result:
+        low, high = result["bounds"]
+        text += f" ({100 * low:+.1f} to {100 * high:+.1f}"
+        if "note" in result:
+            text += f": {result['note']}"
+        text += ")"
     return text
 
 
+def format_interval(result, number):
+    """The value and interval of a result in per cent; number: how to format each."""
+    if result["value"] is None:
+        return "no value"
+    value, low, high = (number.format(100 * result[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def to_csv(columns, rows):
-    """The table as CSV: of each metric the value and the ends of its interval, in per cent.
+    """The table as CSV: of each metric all that its result holds, see CSV_COLUMNS.
 
     A cell is empty where there is none.
     """
@@ -336,7 +453,7 @@ def to_csv(columns, rows):
         set_title, _, _ = column.title.partition(":")
         for metric in column.metrics:
             title = f"{set_title} {metric}"
-            header += [title, f"{title} low", f"{title} high"]
+            header += [f"{title} {part}".strip() for part in CSV_COLUMNS]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header)
@@ -344,24 +461,34 @@ def to_csv(columns, rows):
         line = [row.label]
         for cell in row.cells:
             for result in cell:
-                line += csv_numbers(result)
+                line += csv_cells(result or {})
         writer.writerow(line)
     return out.getvalue()
 
 
-def csv_numbers(result):
-    """Value, low and high of a result as text."""
-    numbers = []
-    for key in ("value", "low", "high"):
-        number = (result or {}).get(key)
-        numbers.append("" if number is None else f"{100 * number:.2f}")
-    return numbers
+def csv_cells(result):
+    """The cells of a result, in the order of CSV_COLUMNS."""
+    low, high = result.get("bounds", (None, None))
+    percents = {"lowest": low, "highest": high, **result}
+    cells = []
+    for key in CSV_COLUMNS.values():
+        cell = percents.get(key)
+        if cell is None:
+            cell = ""
+        elif key in CSV_PERCENTS:
+            cell = f"{100 * cell:.2f}"
+        cells.append(cell)
+    return cells
 
 
 # ------------------------------------------------------------------------------------- command line
 
-def read_verdicts(folder, name, kind):
-    """The verdicts of one set in the folder of a finished evaluation."""
+def read_verdicts(folder, name, entry):
+    """The verdicts of one set in the folder of a finished evaluation.
+
+    entry: of this set in metrics.json, which counts what is missing.
+    """
+    kind = entry["kind"]
     records = {}
     for part in ("verdicts", "rubric"):
         path = folder / f"{name}.{part}.jsonl"
@@ -369,7 +496,12 @@ def read_verdicts(folder, name, kind):
             for record in read_jsonl(path):
                 records.setdefault(record["id"], {}).update(record)
     values = BENCHMARK_KINDS[kind].collect(list(records.values()))
-    return SetVerdicts(kind, values)
+    missing = {}
+    for metric in values:
+        if metric in entry:
+            counts = entry[metric]
+            missing[metric] = Missing(counts["n_unjudged"], counts["n_truncated"])
+    return SetVerdicts(kind, values, missing)
 
 
 def judge_names(folders):
@@ -378,7 +510,7 @@ def judge_names(folders):
     for folder in folders:
         path = sidecar(folder, "config")
         if path.exists():
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path, "flags", "inputs")
             judges.add(config["flags"]["judge"])
     return judges
 
@@ -393,7 +525,7 @@ def compare_runs(specs, paper=None, outs=()):
     for run, evaluation in evaluations.items():
         runs[run] = {}
         for name, entry in evaluation["sets"].items():
-            runs[run][name] = read_verdicts(folders[run], name, entry["kind"])
+            runs[run][name] = read_verdicts(folders[run], name, entry)
     columns, rows, notes = comparison(runs, paper)
     judges = judge_names(folders.values())
     if len(judges) > 1:

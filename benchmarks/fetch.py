@@ -23,9 +23,11 @@ from benchmarks.sets import (
     records_file,
 )
 from support.errors import InputError, ServiceError, exit_cleanly
-from support.files import digest, write_jsonl, write_text
+from support.files import digest, write_jsonl, write_text, writing
 from support.http import retry_after
+from support.lock import flock
 
+LARGEST_DOWNLOAD = 1 << 28  # bytes; the largest set has a few million
 TOKEN_SITES = (f"{HUB}/",)  # the only sites that HF_TOKEN is sent to
 
 
@@ -164,7 +166,7 @@ def download_checked(name, path, tries, pause):
     """
     url = SETS[name].url
     part = path.with_name(f".{digest(url)[:8]}-{path.name}")
-    with open(part, "ab") as file:
+    with writing(part), open(part, "ab") as file:
         lock(file)
         try:
             download(name, file, tries, pause)
@@ -185,7 +187,7 @@ def download_checked(name, path, tries, pause):
 def lock(file):
     """Lock an open file, or raise InputError. The kernel frees the lock if this process dies."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         message = f"{file.name}: another process is fetching it. Wait for that one."
         raise InputError(message) from None
@@ -247,6 +249,13 @@ def download_rest(name, file):
             for piece in reply.iter_content(1 << 10):  # of a cut download the last piece is lost
                 file.write(piece)
                 bar.update(len(piece))
+                if file.tell() > LARGEST_DOWNLOAD:
+                    file.truncate(0)
+                    raise ServiceError(
+                        f"{name}: {SETS[name].url}: more than {LARGEST_DOWNLOAD >> 20} MB came, "
+                        f"and {name} is smaller than that. Nothing was kept; get the file in "
+                        f"another way and save it in DATA/published as {SETS[name].file}."
+                    )
 
 
 def check_status(name, reply):

@@ -1,8 +1,11 @@
-"""Runs code that a model wrote: it may compute, read Python's own files, write to its folder.
+"""Tests code that a model wrote: it may compute, read Python's own files, write to its folder.
 
-`run_code` starts this file as a program, `python -I sandbox.py`, with a minimal environment, no
-file descriptor but a pipe, and a session of its own. Before that process touches the code it gives
-up as many rights as the machine allows, in four layers:
+`run_code` starts this file as a program twice, `python -I sandbox.py ROLE`, each time with a
+minimal environment, no file descriptors but pipes, and a session of its own. The candidate's
+process runs the model's code and answers calls of its functions. The tests' process makes those
+calls and compares the answers, which reach it as plain values; it alone knows the tests and has the
+pipe of the verdict. Before either touches any code it gives up as many rights as the machine
+allows, in four layers:
 
     limits      everywhere: CPU time, memory, size of a file, open files; no further processes or
                 threads (root is exempt from that)
@@ -11,18 +14,18 @@ up as many rights as the machine allows, in four layers:
     landlock    Linux 5.13 or newer: reads Python's own files only, writes into its folder only,
                 signals nobody (6.12)
     seccomp     Linux on x86-64 and ARM64: no processes, programs, signals, sockets, changes of
-                modes or owners
+                modes or owners, memory outside the limit
 
 `active_layers` tells which of them hold. This is no virtual machine: a hole in the kernel is a way
-out. Nor does it prevent cheating: code that searches its own interpreter for the token that makes a
-verdict could pass untested.
+out, and so is a layer that the machine lacks. Nor can it see that code knows a published test's
+answers by heart.
 """
+import builtins
 import ctypes
 import json
 import os
 import platform
 import resource
-import secrets
 import select
 import signal
 import struct
@@ -30,26 +33,35 @@ import subprocess
 import sys
 import tempfile
 import types
-from contextlib import suppress
+from collections.abc import Set
+from contextlib import ExitStack, suppress
+from decimal import Decimal
+from fractions import Fraction
 
 LAYERS = ("namespaces", "limits", "landlock", "seccomp")
-HARMLESS = "import collections, datetime, hashlib, heapq, math, random, re, typing"
+HARMLESS = """
+import collections, datetime, hashlib, heapq, math, random, re, typing
+def ready():
+    return True
+"""
 GIGABYTE = 1 << 30
 
 
-def run_code(parts, seconds=10.0, memory=GIGABYTE, without=()):
-    """Whether `parts`, pieces of Python that run in order in one module, end without an exception.
+def run_code(program, tests, seconds=10.0, memory=GIGABYTE, without=()):
+    """Whether the tests of a program end without an exception.
 
-    seconds: wall clock, after which all is killed;
-    memory: bytes of address space; without: layers to leave out, for tests. Output is thrown away:
-    the verdict is a secret that comes through the pipe once the last piece has ended.
+    program, tests: pieces of Python, each list run in order in a module of its own. In the tests,
+    `candidate_function(name)` is a function of the program; arguments and results are copies of
+    plain values (see `encode`). seconds: wall clock, after which all is killed; memory: bytes of
+    address space of each process; without: layers to leave out, for tests. Output is thrown away.
     """
-    return _run_child(parts, seconds, memory, without) is not None
+    return _layers_if_passed(program, tests, seconds, memory, without) is not None
 
 
 def active_layers(without=()):
     """The layers that hold on this machine. Raises InputError where not even harmless code runs."""
-    held = _run_child([HARMLESS], 60, GIGABYTE, without)
+    tests = ["assert candidate_function('ready')()"]
+    held = _layers_if_passed([HARMLESS], tests, 60, GIGABYTE, without)
     if held is None:
         # Imported here: as a program, this file has nothing but Python's own library.
         from support.errors import InputError
@@ -57,77 +69,96 @@ def active_layers(without=()):
             "The sandbox cannot run even harmless code on this machine; leave the sets of kind "
             "`code` out."
         )
-    return held.split()
+    return held
 
 
-def _run_child(parts, seconds, memory, without):
-    """The layers that held, as text, if all parts succeeded, else None."""
-    job = {
-        "token": secrets.token_hex(16),
-        "parts": parts,
-        "seconds": seconds,
-        "memory": memory,
-        "without": list(without),
-    }
-    folder = tempfile.mkdtemp(prefix="sandbox-")
+def _layers_if_passed(program, tests, seconds, memory, without):
+    """The names of the layers that held if all tests passed, else None."""
+    limits = {"seconds": seconds, "memory": memory, "without": list(without)}
+    with ExitStack() as stack:
+        call_reader, call_writer = _pipe(stack)
+        answer_reader, answer_writer = _pipe(stack)
+        verdict_reader, verdict_writer = _pipe(stack)
+        # Each process is sent its own code only, so that no search of its memory finds the other's.
+        job = {**limits, "parts": program}
+        _start(stack, "candidate", job, [call_reader, answer_writer])
+        job = {**limits, "parts": tests}
+        _start(stack, "tests", job, [call_writer, answer_reader, verdict_writer])
+        verdict = []
+        readable, _, _ = select.select([verdict_reader], [], [], seconds)
+        if readable:
+            # Nothing if the tests' process ended without a verdict.
+            verdict = os.read(verdict_reader.fileno(), 256).decode().split()
+    if not verdict:
+        return None
+    _, *held = verdict
+    return held
+
+
+def _pipe(stack):
+    """The two ends of a pipe, closed with the stack."""
     reader, writer = os.pipe()
-    reply = b""
-    try:
-        try:
-            child = _start_child(folder, writer)
-        finally:
-            os.close(writer)
-        try:
-            # The end of its input tells the child to kill the code, also if this process dies.
-            with suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(json.dumps(job).encode() + b"\n")
-                child.stdin.flush()
-                readable, _, _ = select.select([reader], [], [], seconds)
-                if readable:
-                    # The verdict; or nothing: the code's process ended or closed the pipe.
-                    reply = os.read(reader, 256)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(10)
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-    finally:
-        os.close(reader)
-        with suppress(subprocess.TimeoutExpired):
-            # Not shutil.rmtree, which would fail on folders a thousand deep.
-            subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, timeout=60)
-    token, _, held = reply.decode("latin-1").partition(" ")
-    return held if token == job["token"] else None
+    return (
+        stack.enter_context(open(reader, "rb", buffering=0)),
+        stack.enter_context(open(writer, "wb", buffering=0)),
+    )
 
 
-def _start_child(folder, writer):
+def _start(stack, role, job, ends):
+    """Start a process and send it its job; it gets these ends of pipes, and ends with the stack."""
+    folder = tempfile.mkdtemp(prefix="sandbox-")
+    stack.callback(_remove, folder)
     environment = {
         "HOME": folder,
         "TMPDIR": folder,
         "OPENBLAS_NUM_THREADS": "1",
     }
-    return subprocess.Popen(
-        [sys.executable, "-I", "-X", "utf8", __file__, str(writer)],
+    fds = [end.fileno() for end in ends]
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-X", "utf8", __file__, role, *map(str, fds)],
         cwd=folder,
         env=environment,
-        pass_fds=[writer],
+        pass_fds=fds,
         start_new_session=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    stack.callback(_stop, child)
+    for end in ends:
+        end.close()
+    with suppress(BrokenPipeError):
+        child.stdin.write(json.dumps(job).encode() + b"\n")
+        child.stdin.flush()
+
+
+def _stop(child):
+    # The end of its input tells the child to kill the code, also if this process dies.
+    with suppress(BrokenPipeError):
+        child.stdin.close()
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _remove(folder):
+    with suppress(subprocess.TimeoutExpired):
+        # Not shutil.rmtree, which would fail on folders a thousand deep.
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, timeout=60)
 
 
 # --------------------------------------------------------------------------------- inside the child
 
-def _child_main(writer):
+def _child_main(role, *fds):
     """The program: split off into namespaces, run the code in a child, kill that on request."""
     job = json.loads(sys.stdin.readline())
     held = _apply([_namespaces], job)
     child = os.fork()  # the first process of its namespace, with which all others in it end
     if child:
-        os.close(writer)
+        for fd in fds:
+            os.close(fd)
         sys.stdin.read()  # until our input ends
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -135,15 +166,125 @@ def _child_main(writer):
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         held += _apply([_limits, _landlock, _seccomp], job)
-        # Not named __main__: code under `if __name__ == "__main__"` is a demonstration, not tested.
-        module = types.ModuleType("generated")
-        sys.modules["generated"] = module
-        for part in job["parts"]:
-            exec(compile(part, "<generated>", "exec"), module.__dict__)
-        os.write(writer, f"{job['token']} {' '.join(held)}".encode())
+        with suppress(AttributeError):  # before Python 3.10.7 there was no such limit
+            sys.set_int_max_str_digits(0)
+        if role == "candidate":
+            _answer_calls(job["parts"], *fds)
+        else:
+            _run_tests(job["parts"], held, *fds)
     finally:
         os._exit(0)
 
+
+def _run_parts(parts, names):
+    """Run pieces of Python in a new module that has these names; returns all its names."""
+    # Not named __main__: code under `if __name__ == "__main__"` is a demonstration, not tested.
+    module = types.ModuleType("generated")
+    module.__dict__.update(names)
+    sys.modules["generated"] = module
+    for part in parts:
+        exec(compile(part, "<generated>", "exec"), module.__dict__)
+    return module.__dict__
+
+
+def _answer_calls(parts, call_reader, answer_writer):
+    """The candidate's process: run the program, then answer calls of its functions."""
+    functions = _run_parts(parts, {})
+    with open(call_reader) as calls, open(answer_writer, "w", buffering=1) as answers:
+        for line in calls:
+            name, arguments, keywords = decode(json.loads(line))
+            try:
+                result = functions[name](*arguments, **keywords)
+                answer = ["returned", encode(result)]
+            except Exception as error:
+                answer = ["raised", type(error).__name__]
+            answers.write(json.dumps(answer) + "\n")
+
+
+def _run_tests(parts, held, call_writer, answer_reader, verdict_writer):
+    """The tests' process: write the verdict if all parts end without an exception."""
+    with open(call_writer, "w", buffering=1) as calls, open(answer_reader) as answers:
+        def candidate_function(name):
+            def call(*arguments, **keywords):
+                question = json.dumps(encode([name, arguments, keywords]))
+                return _ask(question, calls, answers)
+            return call
+
+        _run_parts(parts, {"candidate_function": candidate_function})
+    os.write(verdict_writer, " ".join(["passed", *held]).encode())
+
+
+def _ask(question, calls, answers):
+    """What a call returns; raises what it raised, by name, if that is an exception of Python's."""
+    try:
+        calls.write(question + "\n")
+        how, what = json.loads(answers.readline())
+        if how == "returned":
+            return decode(what)
+    except Exception:
+        # The candidate is gone, or writes anything. No test may catch that.
+        os._exit(0)
+    error = getattr(builtins, str(what), None)
+    is_exception = isinstance(error, type) and issubclass(error, Exception)
+    # A StopIteration would end a loop of the tests early, as if all had passed.
+    if is_exception and error is not StopIteration:
+        raise error
+    raise RuntimeError(what)
+
+
+# ------------------------------------------------------------------------------------ plain values
+
+# Types that travel as their text, and as their items; subclasses become these types.
+TEXT_TYPES = {"complex": complex, "Decimal": Decimal, "Fraction": Fraction}
+ITEM_TYPES = {
+    "list": list,
+    "tuple": tuple,
+    "dict": dict,
+    "set": set,
+    "frozenset": frozenset,
+    "bytes": bytes,
+    "bytearray": bytearray,
+}
+DECODERS = {**TEXT_TYPES, **ITEM_TYPES, "iterator": iter}
+
+
+def encode(value):
+    """A plain value as JSON can carry it: itself, or [its type's name, its text or items].
+
+    So an object of the candidate's own, which could claim to equal anything, never reaches the
+    tests. Other iterables become iterators. Raises TypeError for any other object.
+
+    >>> encode([1, (None, "a")]), decode(encode({(1, 2): {3}}))
+    (['list', [1, ['tuple', [None, 'a']]]], {(1, 2): {3}})
+    """
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    for name, kind in TEXT_TYPES.items():
+        if isinstance(value, kind):
+            return [name, str(value)]
+    if isinstance(value, dict):
+        return ["dict", [encode(item) for item in value.items()]]
+    for name, kind in ITEM_TYPES.items():
+        if isinstance(value, kind):
+            return [name, [encode(item) for item in value]]
+    if isinstance(value, Set):  # the keys of a dict
+        return ["set", [encode(item) for item in value]]
+    if hasattr(value, "item"):  # a number of numpy's
+        return encode(value.item())
+    return ["iterator", [encode(item) for item in value]]
+
+
+def decode(value):
+    """The value that `encode` gave."""
+    if not isinstance(value, list):
+        return value
+    name, content = value
+    if isinstance(content, list):
+        content = [decode(item) for item in content]
+    return DECODERS[name](content)
+
+
+# ------------------------------------------------------------------------------------------- rights
 
 def _apply(layers, job):
     """Apply layers; returns the names of those that hold, since a machine may lack some."""
@@ -282,16 +423,23 @@ fchown 93 55 lchown 94 - fchownat 260 54 utime 132 - utimes 235 - futimesat 261 
 utimensat 280 88 setxattr 188 5 lsetxattr 189 6 fsetxattr 190 7 setxattrat 463 463
 removexattr 197 14 lremovexattr 198 15 fremovexattr 199 16 removexattrat 466 466 unshare 272 97
 setns 308 268 mount 165 40 chroot 161 51 shmget 29 194 msgget 68 186 semget 64 190
-mq_open 240 180 add_key 248 217 request_key 249 218 keyctl 250 219
+mq_open 240 180 add_key 248 217 request_key 249 218 keyctl 250 219 memfd_create 319 279
+memfd_secret 447 447
 """
+# Allowed but for these values of their second argument, which let the kernel signal any process.
+RESTRICTED = {
+    "fcntl": ((72, 25), (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "ioctl": ((16, 29), (0x5452, 0x8901, 0x8902)),  # FIOASYNC, FIOSETOWN, SIOCSPGRP
+}
 # An instruction of the kernel's filter programs: (what, lines to skip if true, if false, value).
-LOAD = 0x20  # the word at offset k of the call: 0 is its number, 4 the machine's
+LOAD = 0x20  # the word at an offset in the call: 0 its number, 4 the machine's, from 16 arguments
 JUMP_IF_EQUAL = 0x15
 JUMP_IF_AT_LEAST = 0x35
 RETURN = 0x06
 KILL = 0x80000000
 DENY = 0x50001  # the call fails with EPERM
 ALLOW = 0x7FFF0000
+SECOND_ARGUMENT = 24  # its lower half, which is all that fcntl and ioctl look at
 X32_CALLS = 0x40000000  # from here on, calls of another numbering
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
@@ -310,12 +458,24 @@ def _seccomp(job):
     for number in _denied_calls(column):
         program.append((JUMP_IF_EQUAL, 0, 1, number))
         program.append((RETURN, 0, 0, DENY))
+    for numbers, values in RESTRICTED.values():
+        program += _deny_values(numbers[column], values)
     program.append((RETURN, 0, 0, ALLOW))
     packed = [struct.pack("HBBI", *instruction) for instruction in program]
     code = ctypes.create_string_buffer(b"".join(packed))
     _no_new_privileges()
     filter_program = struct.pack("HP", len(program), ctypes.addressof(code))
     _libc("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, filter_program)
+
+
+def _deny_values(number, values):
+    """Instructions that deny a call where its second argument has one of these values."""
+    checks = [(LOAD, 0, 0, SECOND_ARGUMENT)]
+    for value in values:
+        checks.append((JUMP_IF_EQUAL, 0, 1, value))
+        checks.append((RETURN, 0, 0, DENY))
+    checks.append((LOAD, 0, 0, 0))
+    return [(JUMP_IF_EQUAL, 0, len(checks), number), *checks]
 
 
 def _denied_calls(column):
@@ -338,4 +498,4 @@ def _no_new_privileges():
 
 
 if __name__ == "__main__":
-    _child_main(int(sys.argv[1]))
+    _child_main(sys.argv[1], *map(int, sys.argv[2:]))

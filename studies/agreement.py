@@ -15,7 +15,7 @@ from intervene import JUDGE_KEYS, LABELS, add_judge_flags, judge_from_flags, spl
 from studies.common import prompt_ids_of
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json
-from support.stages import fingerprint
+from support.record import fingerprint
 from support.statistics import judge_agreement
 
 QUESTIONS = ("reasoning", "response", "cue", "compliance")

@@ -14,7 +14,6 @@ rollouts, the order of training and the evaluation's samples. Results are append
 import argparse
 import contextlib
 import functools
-import json
 import shlex
 import time
 from collections import defaultdict
@@ -29,8 +28,8 @@ from data import Appender, load_prompts, load_triggers
 from model import eos_ids, load_tokenizer
 from studies import grpo, sft
 from support.errors import InputError, exit_cleanly
-from support.files import digest, read_jsonl, write_json, write_jsonl
-from support.stages import open_stage, run_stage, sidecar
+from support.files import digest, read_json, read_jsonl, write_json, write_jsonl
+from support.stages import add_stage_flags, open_stage, run_stage, sidecar
 from support.statistics import student_interval
 
 METHODS = {
@@ -59,6 +58,7 @@ class Sweep(NamedTuple):
     eval_judging: list   # to `evaluate.py run`, for its judge
     train_args: list     # to every training
     grpo_epochs: int
+    stage_flags: tuple = ()  # to all of them
 
 
 class Trial(NamedTuple):
@@ -173,7 +173,7 @@ def run_command(sweep, command, *argv):
 
     What it prints goes to `log.txt`, its time to `times.jsonl`.
     """
-    argv = [str(word) for word in argv]
+    argv = [str(word) for word in (*argv, *sweep.stage_flags)]
     target = Path(argv[argv.index("--out") + 1])
     times = Appender(sweep.out / "times.jsonl")
     killed_before = sidecar(target, "config").exists()
@@ -316,7 +316,7 @@ def train_and_evaluate(sweep, results, trial, part, sets, samples):
     """
     record_id = f"{trial.method} lr={trial.lr} seed={trial.seed} {part}"
     if record_id in results.done:
-        return results.done[record_id]
+        return results.read([record_id])[0]
     model = sweep.model
     costs = {}
     if trial.method != "base":
@@ -341,7 +341,7 @@ def train_and_evaluate(sweep, results, trial, part, sets, samples):
 
 def read_metrics(folder):
     """The values of METRICS in a finished evaluation: {"SET/METRIC": value}."""
-    sets = json.loads((folder / "metrics.json").read_text())["sets"]
+    sets = read_json(folder / "metrics.json", "sets")["sets"]
     metrics = {}
     for name, entry in sets.items():
         for metric in METRICS:
@@ -519,6 +519,7 @@ def build_parser():
     )
     for flag in ("model", "traces", "verdicts", "out"):
         pairs.add_argument(f"--{flag}", required=True, help=intervene.FILES.get(flag))
+    add_stage_flags(pairs)
     run = commands.add_parser(
         "run",
         help="train and compare all methods",
@@ -530,6 +531,7 @@ def build_parser():
 
 def add_sweep_flags(parser):
     """Flags of the command `run`."""
+    add_stage_flags(parser)
     add = parser.add_argument
     add("--model", required=True, help="base model: directory or hub name")
     add("--prompts", required=True, help="harmful " + intervene.FILES["prompts"])
@@ -582,18 +584,20 @@ def main(argv=None):
     if args.command == "pairs":
         inputs = [args.model, args.traces, args.verdicts]
         work = functools.partial(write_independent_pairs, args.out, *inputs)
-        run_stage(args.out, flags, inputs, work)
+        run_stage(__file__, args.out, flags, inputs, work)
         return
 
     for name in GROWING_FLAGS:
         del flags[name]
     files = [path for _, _, path in evaluate.parse_sets(args.set)]
-    open_stage(args.out, flags, [args.model, args.prompts, args.benign, args.triggers, *files])
+    inputs = [args.model, args.prompts, args.benign, args.triggers, *files]
+    open_stage(__file__, args.out, flags, inputs)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(
         args.model, out, args.triggers, args.sampling, args.judging, args.eval_judging,
         args.train_args, args.grpo_epochs,
+        ("--accept-code-change",) if args.accept_code_change else (),
     )
     compare_methods(
         sweep, args.methods, args.lrs, args.seeds, args.set,

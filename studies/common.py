@@ -1,13 +1,17 @@
 """What several studies share: flags, choosing traces, and replacing a step and continuing."""
 import argparse
+from bisect import bisect_right
 from collections import Counter
 from itertools import accumulate
+from math import inf
 from typing import NamedTuple
 
-from data import CLOSE, token_index
+from data import CLOSE, decode
 from intervene import FILES, intervention_job, judge_traces, sample_traces, segment
 from support.files import digest
+from support.stages import add_stage_flags
 
+BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character
 SPAN = 30  # tokens that curves show on either side of a cue or a trigger
 
 
@@ -19,6 +23,7 @@ def study_parser(name, description, files):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", required=True, help="file to write (.jsonl)")
+    add_stage_flags(parser)
     for file in files:
         parser.add_argument(f"--{file}", required=True, help=FILES[file])
     return parser
@@ -47,9 +52,45 @@ def prompt_ids_of(records):
 
 
 def step_starts(tokenizer, trace, steps):
-    """[int], len(steps) + 1: the token at which each step begins, and where the reasoning ends."""
+    """[int], len(steps) + 1: the token at which each step begins, and where the reasoning ends.
+
+    Each is the `data.token_index` of the step's first character, in one pass for all.
+    """
+    lengths = prefix_lengths(tokenizer, trace["ids"])
+    # The shortest of all prefixes from each one on: it rises, even where the lengths do not.
+    lengths.reverse()
+    shortest = list(accumulate(lengths, min))
+    shortest.reverse()
     characters = accumulate(map(len, steps), initial=len(trace["opening"]))
-    return [token_index(tokenizer, trace["ids"], n) for n in characters]
+    return [bisect_right(shortest, n) - 1 for n in characters]
+
+
+def prefix_lengths(tokenizer, ids):
+    """For each i from 0 on the characters of ids[:i] decoded; inf where it ends inside a character.
+
+    Each token is decoded once or twice, together with a few before it.
+    """
+    text = decode(tokenizer, ids)
+    lengths = [0]
+    first = 0    # the window decoded is ids[first:i]
+    head = 0     # characters of the window that are known
+    whole = 0    # ids[:whole] ends with a whole character,
+    end = 0      # which is the text up to here
+    for i in range(1, len(ids) + 1):
+        added = decode(tokenizer, ids[first:i])[head:]
+        if not text.startswith(added, end):
+            lengths.append(inf)
+            continue
+        lengths.append(end + len(added))
+        if added.endswith(BROKEN):
+            continue  # perhaps half a character, and the rest is another broken one
+        # Some tokenizers drop a space from the first token that they decode, so that the next
+        # window begins with one that is known.
+        first = whole
+        whole = i
+        head = len(decode(tokenizer, ids[first:whole]))
+        end += len(added)
+    return lengths
 
 
 def unsafe_traces_in_turn(traces, verdicts, limit=0):

@@ -34,7 +34,8 @@ from studies.common import (
     study_parser,
 )
 from support.errors import InputError, exit_cleanly
-from support.files import digest, read_jsonl
+from support.files import digest, read_jsonl, stream_jsonl
+from support.fused_head import output_logits
 from support.stages import run_stage
 from support.statistics import wilson
 
@@ -133,14 +134,14 @@ def departures_from(sampler, trace, hidden, i, following, continuations):
     ids = trace["ids"]
     if hidden is None or following is None:
         return [ids[:i]] * continuations
-    head = sampler.load().get_output_embeddings()
+    model = sampler.load()
     options = sampler.options
     count = (following - i) * continuations
     uniforms = request_uniforms(options["seed"], position_id(trace, i), count)
     uniforms = uniforms.view(-1, continuations)  # a row for each token from i on
     departures = [None] * continuations
     for j, row in zip(range(i, following), uniforms):
-        logits = head(hidden[j]).expand(continuations, -1)  # (continuations, V)
+        logits = output_logits(model, hidden[j]).expand(continuations, -1)  # (continuations, V)
         row = row.to(logits.device)
         drawn = next_token(logits, options["temperature"], options["top_p"], row)
         for k, token in enumerate(drawn.tolist()):
@@ -199,18 +200,22 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
     follow from the arguments alone, so a restart makes the same ones and skips the finished.
     """
     records = Appender(path)
+    verdicts = {record["id"]: record["verdicts"] for record in stream_jsonl(path)}
     for batch in position_batches(chosen, sampler, continuations, size, share):
         if any(position.id not in records.done for position in batch):
-            measure_batch(batch, sampler, judge, records)
+            measure_batch(batch, sampler, judge, records, verdicts)
     records.close()
-    measured = []
+    ids = []
     for trace, positions in chosen:
-        measured += [records.done[position_id(trace, i)] for i in positions]
-    return measured
+        ids += [position_id(trace, i) for i in positions]
+    return records.read(ids)
 
 
-def measure_batch(batch, sampler, judge, records):
-    """Sample and judge what a batch of Positions needs, and write their records."""
+def measure_batch(batch, sampler, judge, records, verdicts):
+    """Sample and judge what a batch of Positions needs, and write their records.
+
+    verdicts: those of every position so far, {"TRACE@i": letters}; the batch's are added.
+    """
     completions = sample_departing(batch, sampler, f"csr, {len(records.done)} positions done")
     texts = {}
     for position in batch:
@@ -223,10 +228,10 @@ def measure_batch(batch, sampler, judge, records):
     for position in batch:
         following = ""
         if position.following is not None:
-            record = records.done[position_id(position.trace, position.following)]
-            following = record["verdicts"]
-        verdicts = position_verdicts(position, letters, following)
-        records.write(csr_record(position, verdicts, completions))
+            following = verdicts[position_id(position.trace, position.following)]
+        found = position_verdicts(position, letters, following)
+        verdicts[position.id] = found
+        records.write(csr_record(position, found, completions))
 
 
 def sample_departing(batch, sampler, title):
@@ -376,7 +381,7 @@ def main(argv=None):
 
     flags = recorded_flags(args, judge=judge.name)
     inputs = [args.model, args.traces, args.steps, args.verdicts]
-    run_stage(args.out, flags, inputs, work)
+    run_stage(__file__, args.out, flags, inputs, work)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def main(argv=None):
         }
         return counts, {}
 
-    run_stage(args.out, recorded_flags(args), [args.traces, args.verdicts], work)
+    inputs = [args.traces, args.verdicts]
+    run_stage(__file__, args.out, recorded_flags(args), inputs, work)
 
 
 if __name__ == "__main__":

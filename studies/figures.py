@@ -10,7 +10,6 @@ outside our interval the page says so, in the same words for every figure.
 import argparse
 import base64
 import io
-import json
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +18,9 @@ import evaluate
 from intervene import add_judge_flags, add_sampler_flags
 from studies import csr, curve, diversity, kl, triggers, turning_points
 from support.errors import InputError, exit_cleanly
-from support.files import write_text
+from support.files import read_json, write_text
 from support.report import TOO_FEW
+from support.stages import add_stage_flags
 from support.statistics import format_estimate
 
 SAMPLER_FLAGS = (
@@ -110,6 +110,9 @@ def study_commands(run, given, trained):
     for name, folder in trained.items():
         models = ["--model", folder, "--reference", model]
         commands.append((kl, [*rollouts, *models, *precision, "--out", output(f"kl_{name}")]))
+    if given["accept_code_change"]:
+        for _, arguments in commands:
+            arguments.append("--accept-code-change")
     return commands
 
 
@@ -381,6 +384,22 @@ def diversity_section(summary):
     )
 
 
+def chance_text(summary):
+    """What R would be by chance, and of which prompts it is."""
+    tokens = format_estimate(summary["by_chance"]["tokens"])
+    shares = format_estimate(summary["by_chance"]["shares"])
+    text = (f"Of independent positions R would be {tokens}, and {shares} if both grow with the "
+            "length of the trace. ")
+    measured = summary["prompts"]
+    mixed = summary["mixed_prompts"]
+    if measured == mixed:
+        return text + f"All {mixed} prompts with safe and unsafe rollouts were measured."
+    return text + (
+        f"Only {measured} of {mixed} prompts with safe and unsafe rollouts were measured, the most "
+        "uncertain; R of all can be far lower, and these records cannot tell (studies.csr "
+        "--uncertain 0 measures all).")
+
+
 def turning_point_section(summary):
     """Figure 5."""
     around = panel(draw_mean_csr, summary, "safety ratio around triggers and cues")
@@ -392,7 +411,7 @@ def turning_point_section(summary):
         "Safe traces with a turning point: "
         f"{compare_with_paper_bound(summary['safe_with_turning_point'], 0.9)} "
         "Correlation of cue and unsafe turning point: "
-        f"{compare_with_paper(summary['pearson'], 0.85)}",
+        f"{compare_with_paper(summary['pearson'], 0.85)} {chance_text(summary)}",
         panels(around, cues) + sensitivity_table(summary),
     )
 
@@ -455,7 +474,7 @@ def dynamics_fragment(run, evaluations):
     summaries = {}
     for path in sorted((run / "dynamics").glob("*.summary.json")):
         name = path.name.removesuffix(".summary.json")
-        summaries[name] = json.loads(path.read_text(encoding="utf-8"))
+        summaries[name] = read_json(path)
     if not summaries:
         return ""
     sections = [gap_section(evaluations)]
@@ -505,6 +524,7 @@ def build_parser():
                         help="continuations of each prefix")
     parser.add_argument("--uncertain", type=int, default=30,
                         help="prompts of uncertain outcome to measure it on")
+    add_stage_flags(parser)
     add_sampler_flags(parser)
     add_judge_flags(parser)
     return parser

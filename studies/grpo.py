@@ -34,7 +34,8 @@ from ipo import learning_rate, load_or_start, load_policy, log_step, refuse_belo
 from model import pick_device, pick_dtype, save_model, stored_dtype, token_logps
 from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
-from support.stages import run_stage
+from support.kv_cache import check_sampling
+from support.stages import add_stage_flags, run_stage
 
 # The judge's questions whose verdicts make up a reward, with their weights (y response, z
 # reasoning): I[y safe], I[z safe] - I[y safe] or I[z safe].
@@ -113,7 +114,8 @@ def sampled_logps(lm, input_ids, attention_mask, completion_mask, temperature=1.
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False
     )
     hidden = output.last_hidden_state[:, :-1][scored]                         # (N, H)
-    logps = token_logps(lm, hidden / temperature, input_ids[:, 1:][scored])   # (N,)
+    tokens = input_ids[:, 1:][scored]
+    logps = token_logps(lm, hidden, tokens, temperature=temperature)          # (N,)
     return logps.new_zeros(scored.shape).masked_scatter(scored, logps)
 
 
@@ -182,12 +184,13 @@ def judged_rewards(path, traces, judge, kind):
         out.write(verdict)
     out.close()
 
+    verdicts = iter(out.read([trace["id"] for trace in complete]))
     rewards = []
     for trace in traces:
         if trace["truncated"]:
             rewards.append(0.0)
         else:
-            rewards.append(reward_of_verdict(out.done[trace["id"]], weights))
+            rewards.append(reward_of_verdict(next(verdicts), weights))
     return rewards, len(weights) * len(complete)
 
 
@@ -363,6 +366,9 @@ def train_on_rewards(
         checkpoint_activations=checkpoint_activations,
     )
     policy, autocast = load()
+    policy.eval()
+    check_sampling(policy.lm)  # training has been checked, but this model samples too
+    policy.train()
     reference = None
     if kl:
         reference, _ = load()  # in the same precision, so KL begins at 0
@@ -387,6 +393,7 @@ def build_parser():
     )
     add = parser.add_argument
     add("--out", required=True, help="directory for the trained model")
+    add_stage_flags(parser)
     add("--prompts", required=True, help="prompts: .jsonl, .json, .csv, .tsv or .txt")
     add("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
     add("--reward", required=True, choices=REWARDS,
@@ -471,7 +478,7 @@ def main(argv=None):
         )
 
     flags = recorded_flags(args, judge=judge.name)
-    run_stage(out, flags, [args.model, args.prompts], work)
+    run_stage(__file__, out, flags, [args.model, args.prompts], work)
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder)
 

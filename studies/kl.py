@@ -24,7 +24,8 @@ from studies.common import (
 )
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json
-from support.fused_head import chunk_sizes
+from support.fused_head import chunk_sizes, output_logits
+from support.model_check import check_model, in_float32
 from support.stages import run_stage, sidecar
 from support.statistics import UNBOUNDED, column_estimates, format_estimate
 
@@ -43,17 +44,31 @@ def token_kl(model, reference, input_ids, attention_mask, completion_mask, chunk
     scored = completion_mask[:, 1:].bool()  # the token at t is predicted from position t - 1
     hidden = hidden_states(model, input_ids, attention_mask)[scored]  # (N, H)
     reference_hidden = hidden_states(reference, input_ids, attention_mask)[scored]
-    head = model.get_output_embeddings()
-    reference_head = reference.get_output_embeddings()
     if not chunk:
-        most, _ = chunk_sizes(input_ids.device.type, len(head.weight))
+        vocabulary = len(model.get_output_embeddings().weight)
+        most, _ = chunk_sizes(input_ids.device.type, vocabulary)
         chunk = max(1, most // 2)  # the logits of two models exist at once
     kl = []
     for states, reference_states in zip(hidden.split(chunk), reference_hidden.split(chunk)):
-        p = head(states).float().log_softmax(-1)  # (chunk, V)
-        q = reference_head(reference_states).float().log_softmax(-1)
+        p = output_logits(model, states).float().log_softmax(-1)  # (chunk, V)
+        q = output_logits(reference, reference_states).float().log_softmax(-1)
         kl.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(kl)
+
+
+def check_padded(model):
+    """Raise InputError for a model whose numbers on padded rows would not be its own."""
+    def logps_of(sequences):
+        rows = collate(sequences, model.device)
+        ids = rows["input_ids"]
+        hidden = hidden_states(model, ids, rows["attention_mask"])
+        logps = output_logits(model, hidden).float().log_softmax(-1)  # (B, T - 1, V)
+        at_target = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)    # (B, T - 1)
+        unscored = rows["completion_mask"][:, 1:] == 0
+        return at_target.masked_fill(unscored, 0).sum(1)
+
+    with in_float32(model):
+        check_model(model, {"a padded row": logps_of}, "compare models of another class")
 
 
 def hidden_states(model, input_ids, attention_mask):
@@ -88,7 +103,7 @@ def measure_kl(path, traces, steps, cues, tokenizer, model, reference, batch_siz
                 "kl": [round(x, 6) for x in values.tolist()],
             })
     records.close()
-    return [records.done[trace["id"]] for trace in traces]
+    return records.read([trace["id"] for trace in traces])
 
 
 # ----------------------------------------------------------------------------------- summarising
@@ -191,8 +206,10 @@ def main(argv=None):
             raise InputError(f"{args.verdicts}: no complete unsafe trace with a cue to follow.")
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
-        model = load_model(args.model, device, dtype)
-        reference = load_model(args.reference, device, dtype)
+        model = load_model(args.model, device, dtype, to_sample=False)
+        reference = load_model(args.reference, device, dtype, to_sample=False)
+        for each in (model, reference):
+            check_padded(each)
         records = measure_kl(
             args.out, traces, steps, cues, tokenizer, model, reference, args.batch_size, device)
         summary = summarise_kl(records)
@@ -206,7 +223,7 @@ def main(argv=None):
         return counts, {}
 
     inputs = [args.model, args.reference, args.traces, args.steps, args.verdicts]
-    run_stage(args.out, recorded_flags(args), inputs, work)
+    run_stage(__file__, args.out, recorded_flags(args), inputs, work)
 
 
 if __name__ == "__main__":

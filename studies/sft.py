@@ -24,8 +24,9 @@ from ipo import (
     training_settings,
 )
 from model import load_tokenizer, pick_dtype, save_model
+from support.compact import compact_record
 from support.errors import InputError, exit_cleanly
-from support.files import read_jsonl
+from support.files import stream_jsonl
 
 
 def completion_losses(policy, examples, device):
@@ -45,9 +46,11 @@ def load_completions(paths, tokenizer, max_length):
     examples = []
     dropped = 0
     for path in paths:
-        for number, example in enumerate(read_jsonl(path), 1):
-            if "chosen_ids" not in example:
-                example = encode_texts(example, tokenizer, f"{path}, record {number}")
+        for number, record in enumerate(stream_jsonl(path), 1):
+            place = f"{path}, record {number}"
+            if "chosen_ids" not in record:
+                record = encode_texts(record, tokenizer, place)
+            example = compact_record(record, ("prefix_ids", "chosen_ids"), (), place)
             length = len(example["prefix_ids"]) + len(example["chosen_ids"])
             if length > max_length:
                 dropped += 1
@@ -76,12 +79,12 @@ def train_on_completions(
 ):
     """Supervised fine-tuning from files to a saved model; the settings are those of `ipo.train`."""
     device, rank, world = start_distributed(device)
-    if open_training(out, flags, [model, *files], rank, world):
+    if open_training(__file__, out, flags, [model, *files], rank, world):
         return
 
     tokenizer = load_tokenizer(model)
     examples, dropped = load_completions(files, tokenizer, max_length)
-    rows = [[(e["prefix_ids"], e["chosen_ids"])] for e in examples]
+    rows = ([(e["prefix_ids"], e["chosen_ids"])] for e in examples)
     parts = token_parts(rows, share)
     # CHOICE: unlike pairs, completions of one prompt are not kept in one batch, because they may be
     # so many that a batch would hold that prompt alone. So no two examples share a part.

@@ -369,7 +369,7 @@ def main(argv=None):
 
     flags = recorded_flags(args, judge=judge.name)
     inputs = [args.model, args.triggers, args.points, args.traces, args.steps, args.verdicts]
-    run_stage(args.out, flags, inputs, work)
+    run_stage(__file__, args.out, flags, inputs, work)
 
 
 if __name__ == "__main__":

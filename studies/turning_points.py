@@ -15,15 +15,17 @@ import numpy as np
 from intervene import recorded_flags
 from model import load_tokenizer
 from studies.common import SPAN, prompt_ids_of, step_starts, steps_by_trace, study_parser
-from studies.csr import safety_ratio
+from studies.csr import safety_ratio, uncertain_traces
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
 from support.stages import run_stage, sidecar
 from support.statistics import (
+    coefficient_estimate,
     column_estimates,
     correlations,
     format_estimate,
     mean_estimate,
+    pearson,
 )
 
 
@@ -226,10 +228,37 @@ def most_continuations(rows):
     return max(len(verdicts) for row in rows for verdicts in row["verdicts"])
 
 
-def summarise_turning_points(rows, mu, eta, window):
+def correlation_by_chance(rows, draws=2000, seed=0):
+    """Pearson's R of first cue and unsafe turning point where the two are independent.
+
+    The cues are permuted among the traces. Returns estimates, of which `value` is the mean over
+    permutations and the interval holds 95% of them: "tokens", where each keeps its position in
+    tokens, and "shares", where it keeps its position as a share of the reasoning. The second is
+    above 0, because in a longer trace the cue and the turning point both come later.
+    """
+    turned = [row for row in rows_with_turning_point(rows, "unsafe", False) if row["cue"]]
+    turns = np.array([row["unsafe"] for row in turned], dtype=float)
+    cues = np.array([row["cue_token"] for row in turned], dtype=float)
+    lengths = np.array([row["starts"][-1] for row in turned], dtype=float)
+    rng = np.random.default_rng(seed)
+    by_chance = {}
+    for name, units in (("tokens", np.ones(len(turned))), ("shares", lengths)):
+        drawn = []
+        for _ in range(draws):
+            permuted = rng.permutation(cues / units) * units
+            drawn.append(pearson(permuted, turns))
+        by_chance[name] = coefficient_estimate(np.mean(drawn), np.array(drawn), len(turned))
+    return by_chance
+
+
+def summarise_turning_points(rows, mu, eta, window, mixed_prompts):
     """The summary of the study.
 
-    Holds mu, eta, window, continuations; the `turning_point_estimates`, and once more as
+    mixed_prompts: how many prompts have both safe and unsafe rollouts.
+
+    Holds mu, eta, window, continuations; how many of the `mixed_prompts` were measured, `prompts`
+    (R of the most uncertain ones alone says little about the others); `by_chance`, what R is of
+    independent positions; the `turning_point_estimates`, and once more as
     `full_windows`; `cue_and_turning_point`, the points of Figure 5b; `aligned`, mean CSR around
     trigger and cue; by kind of turning point `tokens_after`, quartiles, and `at_first_position`,
     where S is beyond the threshold from the start, so that nothing turned (such traces are in all
@@ -249,7 +278,10 @@ def summarise_turning_points(rows, mu, eta, window):
         "eta": eta,
         "window": window,
         "continuations": most_continuations(rows),
+        "prompts": len(set(prompt_ids_of(rows))),
+        "mixed_prompts": mixed_prompts,
         **estimates,
+        "by_chance": correlation_by_chance(rows),
         "full_windows": full_windows,
         "cue_and_turning_point": points,
         "tokens_after": tokens_after,
@@ -289,11 +321,13 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
 
     def work():
+        traces = read_jsonl(args.traces)
+        verdicts = read_jsonl(args.verdicts)
         rows = curves(
             read_jsonl(args.csr),
-            read_jsonl(args.traces),
+            traces,
             read_jsonl(args.steps),
-            read_jsonl(args.verdicts),
+            verdicts,
             load_tokenizer(args.model),
             args.mu,
             args.eta,
@@ -302,10 +336,13 @@ def main(argv=None):
         if not rows:
             raise InputError(f"{args.csr}: none of its traces is in {args.traces}.")
         write_jsonl(args.out, rows)
-        summary = summarise_turning_points(rows, args.mu, args.eta, args.window)
+        mixed = set(prompt_ids_of(uncertain_traces(traces, verdicts, 0, 1)))
+        summary = summarise_turning_points(rows, args.mu, args.eta, args.window, len(mixed))
         write_json(sidecar(args.out, "summary"), summary)
         for name in ("safe_with_turning_point", "unsafe_with_turning_point", "pearson", "spearman"):
             print(f"  {name}: {format_estimate(summary[name])}")
+        for name, estimate in summary["by_chance"].items():
+            print(f"  pearson by chance, {name}: {format_estimate(estimate)}")
         outcomes = [row["safe"] for row in rows]
         counts = {
             "traces": len(rows),
@@ -317,7 +354,7 @@ def main(argv=None):
         return counts, {}
 
     inputs = [args.model, args.csr, args.traces, args.steps, args.verdicts]
-    run_stage(args.out, recorded_flags(args), inputs, work)
+    run_stage(__file__, args.out, recorded_flags(args), inputs, work)
 
 
 if __name__ == "__main__":

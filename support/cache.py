@@ -1,9 +1,14 @@
 """A file of paid replies that threads and processes share."""
+import errno
 import fcntl
 import json
+import os
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+
+from support.files import writing
+from support.lock import flock
 
 
 class Cache:
@@ -56,11 +61,11 @@ class Cache:
 
     @contextmanager
     def _file_lock(self):
-        fcntl.flock(self.file, fcntl.LOCK_EX)  # released by the kernel if this process dies
+        flock(self.file, fcntl.LOCK_EX)  # released by the kernel if this process dies
         try:
             yield
         finally:
-            fcntl.flock(self.file, fcntl.LOCK_UN)
+            flock(self.file, fcntl.LOCK_UN)
 
     def _append(self, record):
         torn = self._read_new_lines()
@@ -69,9 +74,10 @@ class Cache:
         if record["id"] in self.records:
             return
         line = json.dumps(record) + "\n"  # ASCII, because a reply may hold half a surrogate pair
-        written = self.file.write(line.encode())
-        if written != len(line):
-            raise OSError(f"{self.path}: a record could not be written in full. Is the disk full?")
+        with writing(self.path):
+            written = self.file.write(line.encode())
+            if written != len(line):  # the space that was left was not enough
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _read_new_lines(self):
         """Read the complete lines that are new; returns whether a torn one follows them."""
@@ -82,7 +88,7 @@ class Cache:
             try:
                 record = json.loads(line)
                 self.records.setdefault(record["id"], record)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         self.offset += end
         return end < len(new)

@@ -19,31 +19,42 @@ from tqdm import tqdm
 from support.errors import InputError, ServiceError
 
 TRANSIENT = (408, 409, 429)  # and all from 500 on: the same request may succeed a moment later
-LONGEST_WAIT = 120  # seconds: where a server asks for a longer pause, the request fails instead
+# Kinds of failure, by the names under which they are counted. All but the last are the server's
+# word on this very request.
+UNUSABLE = "unparsed"  # it replied as it should, but each time with something that means nothing
+REFUSED = "refusals"  # a filter of contents turned the request down
+REJECTED = "rejected"  # another status from 400 to 499
+PASSING = "unanswered"  # anything else: the same request may succeed later
 # What reading a reply raises where the server sent something other than was expected.
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
+class UnusableReply(Exception):
+    """What `read` raises where a reply is as it should be, but what it says cannot be used."""
+
+
 class RequestFailed(Exception):
-    """A request that failed for good.
+    """A request that failed, of the kind UNUSABLE, REFUSED, REJECTED or PASSING.
 
     `status` is that of the last reply (0 if none came), `text` is what that reply said.
     """
 
-    def __init__(self, url, status, problem, text=""):
+    def __init__(self, url, kind, status, problem, text=""):
         message = f"{url}: {problem}"
         if text:
             message += f": {text[:300]!r}"
         super().__init__(message)
+        self.kind = kind
         self.status = status
         self.text = text
 
 
 class _AttemptFailed(Exception):
-    """An attempt that may succeed when repeated, after `pause` seconds if the server said so."""
+    """An attempt that failed; `pause` is how many seconds the server asked to wait, if it did."""
 
-    def __init__(self, status, problem, text="", pause=None):
+    def __init__(self, kind, status, problem, text="", pause=None):
         super().__init__(problem)
+        self.kind = kind
         self.status = status
         self.problem = problem
         self.text = text
@@ -57,9 +68,11 @@ class Endpoint:
     header and nowhere else: redirects are not followed, and if a server repeats the key, it is cut
     out of the reply. A user and password in the URL are sent in its place and not shown either.
 
-    `timeout` and `longest_pause` are in seconds, `prices` in dollars per million tokens (in, out).
-    With `spent_before` dollars spent earlier, no request is sent once `max_cost` is reached (0: no
-    limit). Raises InputError for a URL or a key that cannot be used.
+    `timeout` is for one attempt, from connecting to the last byte, `patience` for all of a request,
+    `longest_pause` for the pause between two, whatever the server asks for; all are in seconds.
+    `prices` are in dollars per million tokens (in, out). With `spent_before` dollars spent earlier,
+    no request is sent once `max_cost` is reached (0: no limit). Raises InputError for a URL or a
+    key that cannot be used.
     """
 
     def __init__(
@@ -69,8 +82,9 @@ class Endpoint:
         concurrency=8,
         tries=6,
         timeout=600,
+        patience=1200,
         max_bytes=1 << 20,
-        longest_pause=60,
+        longest_pause=120,
         prices=(0, 0),
         max_cost=0,
         spent_before=0,
@@ -80,6 +94,7 @@ class Endpoint:
         self.concurrency = concurrency
         self.tries = tries
         self.timeout = timeout
+        self.patience = patience
         self.max_bytes = max_bytes
         self.longest_pause = longest_pause
         self.prices = prices
@@ -97,10 +112,12 @@ class Endpoint:
         """Build once what all requests share: building it anew costs more than a request."""
         import requests
 
+        from support.deadline import DeadlineAdapter
+
         self._check_url(parts)
         key = self._read_key()
         password = unquote(parts.password or "")
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         login = None
         if parts.username:
             login = (unquote(parts.username), password)
@@ -115,7 +132,7 @@ class Endpoint:
         request = requests.Request("POST", self.url, headers=headers, auth=login)
         self._request = session.prepare_request(request)
         # The adapter alone sends: unlike a session it follows no redirect, and so leaks no key.
-        self._connections = requests.adapters.HTTPAdapter(pool_maxsize=self.concurrency)
+        self._connections = DeadlineAdapter(pool_maxsize=self.concurrency)
 
     def _check_url(self, parts):
         known_scheme = parts.scheme in ("http", "https")
@@ -133,30 +150,57 @@ class Endpoint:
             raise InputError(f"The key in {names} holds characters that no HTTP header can carry.")
         return key
 
-    def post(self, payload, read=dict):
+    def post(self, payload, read=dict, control=None):
         """POST a JSON payload and return `read(reply)` of the JSON object that came back.
 
         Tried again, as openai-python does: timeouts, connection errors, 408, 409, 429, 5xx; and
         replies that are no JSON object, are too long, or make `read` raise. Raises RequestFailed
-        when the tries are used up or the server rejects this request, and ServiceError when it
-        would reject every other one too, too many in a row have failed, or the money is spent.
+        when tries or patience are used up or the server rejects this request, and ServiceError when
+        it would reject every other one too, too many in a row have failed, or the money is spent.
+
+        control: a harmless payload, sent after a rejection to see where the fault lies. If it is
+        rejected as well, RequestFailed is PASSING. If not, the first one is tried again as after
+        other failures, and RequestFailed is REJECTED if that is what the server says each time.
         """
+        deadline = time.monotonic() + self.patience
+        try:
+            return self._try(payload, read, deadline)
+        except RequestFailed as failure:
+            if failure.kind != REJECTED or control is None:
+                raise
+        try:
+            self._try(control, dict, deadline)
+        except RequestFailed as failure:
+            failure.kind = PASSING
+            raise
+        return self._try(payload, read, deadline, insist=True)
+
+    def _try(self, payload, read, deadline, insist=False):
+        """Post until it succeeds, see `post`; to insist is to try again what was rejected, too."""
+        kinds = set()
         for attempt in range(1, self.tries + 1):
             self._check_allowed()
             self._count({"requests": 1, "retries": int(attempt > 1)})
             try:
-                result = self._attempt(payload, read)
+                result = self._attempt(payload, read, deadline)
             except _AttemptFailed as error:
                 failed = error
             else:
                 self.failures = 0
                 return result
-            if attempt == self.tries or (failed.pause or 0) > LONGEST_WAIT:
+            kinds.add(failed.kind)
+            final = failed.kind == REFUSED or (failed.kind == REJECTED and not insist)
+            pause = self._pause(attempt, failed.pause)
+            if final or attempt == self.tries or time.monotonic() + pause >= deadline:
                 break
-            self._pause(attempt, failed.pause)
-        self._stop_if_server_is_down(failed)
-        problem = f"{failed.problem}, tried {attempt} times"
-        raise RequestFailed(self.url, failed.status, problem, failed.text)
+            self.stopping.wait(pause)
+        # Where it is tried again, the server's word on this request is what it says each time.
+        kind = failed.kind if final or len(kinds) == 1 else PASSING
+        self._stop_if_all_fail(kind, failed)
+        problem = failed.problem
+        if attempt > 1:
+            problem += f", tried {attempt} times"
+        raise RequestFailed(self.url, kind, failed.status, problem, failed.text)
 
     def stop(self, message):
         """End this and every other request of the endpoint with ServiceError(message)."""
@@ -190,14 +234,16 @@ class Endpoint:
                 "Give a higher one."
             )
 
-    def _attempt(self, payload, read):
-        """Send one request; raises _AttemptFailed where another attempt may succeed."""
-        import requests
+    def _attempt(self, payload, read, deadline):
+        """Send one request, to be answered before the deadline; raises _AttemptFailed."""
+        from support.deadline import NO_REPLY
 
+        timeout = min(self.timeout, max(deadline - time.monotonic(), 0.001))
         try:
-            status, headers, body = self._exchange(payload)
-        except (requests.RequestException, *UNREADABLE) as error:
-            raise _AttemptFailed(0, f"no reply ({type(error).__name__})") from None
+            status, headers, body = self._exchange(payload, timeout)
+        except NO_REPLY as error:
+            problem = f"no reply ({type(error).__name__})"
+            raise _AttemptFailed(PASSING, 0, problem) from None
         text = body.decode("utf-8", "replace")
         if status != 200:
             self._reject(status, headers, text)
@@ -205,21 +251,21 @@ class Endpoint:
             reply = json.loads(body)
             self._count(token_usage(reply))  # charged for, whether it can be used or not
             return read(reply)
+        except UnusableReply as error:
+            raise _AttemptFailed(UNUSABLE, status, f"unusable reply ({error})", text) from None
         except UNREADABLE as error:
-            raise _AttemptFailed(status, f"bad reply ({type(error).__name__})", text) from None
+            problem = f"bad reply ({type(error).__name__})"
+            raise _AttemptFailed(PASSING, status, problem, text) from None
 
-    def _exchange(self, payload):
+    def _exchange(self, payload, timeout):
         """Send a payload and read the reply: (status, headers, body without any secret)."""
-        deadline = time.monotonic() + self.timeout
+        from support.deadline import read_body, whole_timeout
+
         request = self._request.copy()
         request.prepare_body(json.dumps(payload).encode(), None)
-        body = bytearray()
-        with self._connections.send(request, timeout=self.timeout, **self._settings) as reply:
-            for piece in reply.iter_content(1 << 16):
-                body += piece
-                # The `timeout` above is for one piece, and a reply may have no end.
-                if len(body) > self.max_bytes or time.monotonic() > deadline:
-                    raise ValueError("the reply is too long or too slow")
+        timeout = whole_timeout(timeout)
+        with self._connections.send(request, timeout=timeout, **self._settings) as reply:
+            body = read_body(reply, self.max_bytes)
         # Error messages repeat keys. Nothing else sees the body before they are gone.
         for secret in self._secrets:
             body = body.replace(secret, b"[key]")
@@ -230,9 +276,11 @@ class Endpoint:
         remedy = self._remedy(status, text)
         if remedy:
             self.stop(f"{self.url}: status {status}: {text[:300]!r}. {remedy}")
-        if status in TRANSIENT or status >= 500:
-            raise _AttemptFailed(status, f"status {status}", text, retry_after(headers))
-        raise RequestFailed(self.url, status, f"status {status}", text)
+        kind = PASSING
+        if 400 <= status < 500 and status not in TRANSIENT:
+            filtered = re.search("content_filter|content_policy", text)
+            kind = REFUSED if filtered else REJECTED
+        raise _AttemptFailed(kind, status, f"status {status}", text, retry_after(headers))
 
     def _remedy(self, status, text):
         """What the user must do where every other request would be rejected too, else None."""
@@ -256,21 +304,29 @@ class Endpoint:
         return None
 
     def _pause(self, attempt, seconds):
-        """Wait before the next attempt: as long as the server asked, else longer each time."""
-        if seconds is None:
-            backoff = min(self.longest_pause, 0.5 * 2 ** (attempt - 1))
-            # A random part, so that threads that failed together do not come back together.
-            seconds = backoff * random.uniform(0.75, 1)
-        self.stopping.wait(seconds)
+        """Seconds to wait before the next attempt: what the server asks, else more each time."""
+        if seconds is not None:
+            return min(self.longest_pause, seconds)
+        backoff = min(self.longest_pause, 0.5 * 2 ** (attempt - 1))
+        # A random part, so that threads that failed together do not come back together.
+        return backoff * random.uniform(0.75, 1)
 
-    def _stop_if_server_is_down(self, failed):
-        if failed.status != 200:  # a reply that cannot be read still shows that the server is up
-            with self.lock:
-                self.failures += 1
-        if self.failures > max(10, self.concurrency):
+    def _stop_if_all_fail(self, kind, failed):
+        """Count a failed request, and stop if too many of all threads have failed in a row."""
+        if kind in (UNUSABLE, REFUSED):
+            return  # an answer, if a useless one: the server is up
+        with self.lock:
+            self.failures += 1
+        # A judge's first questions may be rejected in one form, with a control each, and be taken
+        # in another form.
+        if self.failures > max(10, 2 * self.concurrency):
+            said = f": {failed.text[:300]!r}" if failed.text else ""
+            remedy = "Is the server up?"
+            if kind == REJECTED:
+                remedy = "Is it set up for such requests?"
             self.stop(
                 f"{self.url}: {self.failures} requests in a row failed, "
-                f"the last with: {failed.problem}. Is the server up?"
+                f"the last with: {failed.problem}{said}. {remedy}"
             )
 
 

@@ -1,6 +1,11 @@
 """Keys and values while sampling: one slot for each active row, and the prefix computed last."""
+import functools
+
 import torch
 from transformers import DynamicCache
+
+from support.fused_head import output_logits
+from support.model_check import SERVE_IT, check_model, guard_length, in_float32, layer_windows
 
 
 class SlotCache:
@@ -8,11 +13,14 @@ class SlotCache:
 
     Each row has a slot, left-aligned. transformers calls `update` from every attention layer with
     one new token per row: it is written at that row's length, and attention gets the slots up to
-    the longest row. A mask hides what lies beyond each row.
+    the longest row. A mask hides what lies beyond each row, or outside a layer's sliding window.
+
+    config: the decoder's. Raises InputError for layers that are no attention.
     """
 
-    def __init__(self, rows):
+    def __init__(self, rows, config):
         self.rows = rows  # how many slots there are
+        self.windows = layer_windows(config)
         self.keys = {}    # layer number -> (rows, kv heads, capacity, d)
         self.values = {}  # the same
         self.lengths = torch.zeros(rows, dtype=torch.long)  # tokens held by each slot, on the CPU
@@ -55,8 +63,9 @@ class SlotCache:
         self.row_numbers = torch.arange(active, device=device)
         self.positions = self.lengths[:active].to(device)  # (B,): where each row's new token goes
         columns = torch.arange(self.span, device=device)
-        visible = columns <= self.positions[:, None]  # (B, span)
-        self.mask = visible[:, None, None]            # (B, 1, 1, span), for all heads and queries
+        age = self.positions[:, None] - columns  # (B, span): how far back; below 0 nothing is there
+        masks = {kind: _mask(age, window) for kind, window in self.windows.items()}
+        self.mask = masks.get(None, masks)  # one for all layers, or one for each kind of layer
         for store in (self.keys, self.values):
             for i in store:
                 self._reserve(store, i, store[i], self.span)
@@ -74,6 +83,17 @@ class SlotCache:
     def finish_step(self):
         """Count the token that each active row has just been given."""
         self.lengths[:self.active] += 1
+
+
+def _mask(age, window):
+    """What new tokens may look at, bool (B, 1, 1, span), for all heads.
+
+    age (B, span): how far back each position is; window: how far it may be, None: no matter.
+    """
+    visible = age >= 0
+    if window is not None:
+        visible &= age < window
+    return visible[:, None, None]
 
 
 class PrefixCache:
@@ -106,6 +126,55 @@ class PrefixCache:
             self.prefix = prefix
         slots.put(slot, self.cache.layers, len(prefix))
         return self.hidden
+
+
+def next_states(decoder, slots, tokens):
+    """Give each active row its next token; tokens: a list of B ids.
+
+    Returns the hidden states (B, H) that predict the tokens after these.
+    """
+    slots.start_step(len(tokens))
+    output = decoder(
+        input_ids=torch.tensor(tokens, device=decoder.device)[:, None],  # (B, 1)
+        position_ids=slots.positions[:, None],                           # (B, 1)
+        attention_mask=slots.mask,
+        past_key_values=slots,
+        use_cache=True,
+    )
+    slots.finish_step()
+    return output.last_hidden_state[:, -1]
+
+
+def slot_logps(model, sequences):
+    """Log-probabilities float32 (B,), nats, of (prefix, completion) sequences, as in sampling.
+
+    Nothing is chosen: each row is given its own completion, token by token. The rows leave from
+    the last to the first, so the sequences come by falling length of their completions.
+    """
+    decoder = model.get_decoder()
+    prefixes = PrefixCache(decoder)
+    slots = SlotCache(len(sequences), decoder.config)
+    states = []
+    for slot, (prefix, _) in enumerate(sequences):
+        states.append(prefixes.fill(slots, slot, prefix))
+    hidden = torch.stack(states)
+    totals = torch.zeros(len(sequences))
+    for i in range(len(sequences[0][1])):
+        tokens = [completion[i] for _, completion in sequences if i < len(completion)]
+        logps = output_logits(model, hidden[:len(tokens)]).float().log_softmax(-1).cpu()
+        totals[:len(tokens)] += logps[range(len(tokens)), tokens]
+        hidden = next_states(decoder, slots, tokens)
+    return totals
+
+
+def check_sampling(model):
+    """Raise InputError for a model whose numbers in sampling would not be its own.
+
+    From then on the model refuses rows that it would read otherwise beside others.
+    """
+    with in_float32(model):
+        check_model(model, {"sampling": functools.partial(slot_logps, model)}, SERVE_IT)
+    guard_length(model)
 
 
 def common_prefix_length(a, b):

@@ -3,6 +3,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.model_check import blocks_of
+
 ADAPTER_SCALE = 2  # CHOICE: alpha / rank of Hu et al., the same at every rank
 
 
@@ -30,7 +32,7 @@ class LoRA(nn.Module):
 def add_adapters(model, rank):
     """Freeze a model and give every linear layer of its blocks an adapter, on the meta device."""
     model.requires_grad_(False)
-    blocks = model.get_decoder().layers
+    blocks = blocks_of(model)
     for name, module in list(blocks.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")

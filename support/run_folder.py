@@ -1,7 +1,5 @@
 """What a finished run left in its folder, read back as plain data for the report."""
-import json
-
-from support.files import digest, read_jsonl
+from support.files import digest, read_json, read_jsonl
 from support.stages import sidecar
 
 
@@ -44,7 +42,7 @@ def read_json_files(paths):
     contents = []
     for path in paths:
         if path.exists():
-            contents.append(json.loads(path.read_text(encoding="utf-8")))
+            contents.append(read_json(path))
     return contents
 
 

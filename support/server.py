@@ -43,6 +43,7 @@ class ServerSampler:
         self.name = str(name)
         self.tokenizer = tokenizer
         self.eos = eos
+        self.end = closing_token(tokenizer, eos)
         self.context = context
         self.temperature = temperature
         self.top_p = top_p
@@ -50,7 +51,7 @@ class ServerSampler:
         self.seed = seed
         self.concurrency = concurrency
         self.form = None  # one of FORMS, once the probe has found it
-        limits = {"timeout": 3600, "max_bytes": 1 << 28}
+        limits = {"timeout": 3600, "patience": 7200, "max_bytes": 1 << 28}
         limits.update(http)
         url = url.rstrip("/") + "/completions"
         self.endpoint = Endpoint(url, ("SERVER_API_KEY",), concurrency, **limits)
@@ -129,10 +130,12 @@ class ServerSampler:
             ids = self._encode(choice["text"])
         # Text comes without EOS, and some servers leave it out of the ids.
         if finished == "stop" and (not ids or ids[-1] not in self.eos):
-            ids = ids + [min(self.eos)]
+            ids = ids + [self.end]
         return request_id, ids, finished
 
     def _encode(self, text):
+        # JSON may hold half of a surrogate pair, which no tokenizer takes: U+FFFD in its place.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _decode(self, ids):
@@ -213,6 +216,24 @@ class ServerSampler:
         prompt_opens_reasoning = REASONING_STARTS in self._decode(prefix[-8:])
         starts_reasoning = prompt_opens_reasoning or text.startswith(REASONING_STARTS)
         return not text.strip() or not starts_reasoning
+
+
+def closing_token(tokenizer, eos):
+    """The id out of the set `eos` that a model writes where its turn ends.
+
+    It is what the chat template puts after an assistant's turn (<|im_end|> of Qwen3, <|eot_id|> of
+    Llama 3), or else the tokenizer's own.
+    """
+    turn = "REPLY"
+    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": turn}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    following = text.rpartition(turn)[2]
+    for token in tokenizer.encode(following, add_special_tokens=False):
+        if token in eos:
+            return token
+    if tokenizer.eos_token_id in eos:
+        return tokenizer.eos_token_id
+    return min(eos)
 
 
 def request_seed(seed, request_id):

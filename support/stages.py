@@ -1,29 +1,28 @@
 """What every stage of a run does around its work: check, note its settings, skip what is finished.
 
-Two files stand beside an output NAME (a .jsonl file or a folder). `NAME.config.json` holds the
-flags, the hashes of the inputs and the versions that it is made with. `NAME.funnel.json`, written
-once the stage is finished, counts what came in, what was dropped and why, and what went out.
+Two files stand beside an output NAME (a .jsonl file or a folder). `NAME.config.json` is the record
+of all that decides the result: flags, hashes of inputs and code, versions. `NAME.funnel.json`,
+written once the stage is finished, counts what came in, what was dropped and why, and what went
+out, and holds the hashes of the output. While a stage works, `.NAME.lock` says who owns the output.
 """
-import hashlib
-import json
-import os
 import shutil
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 
 from support.errors import InputError
-from support.files import ROW_FORMATS, write_json
-from support.http import without_password
+from support.files import ROW_FORMATS, read_json, write_json
+from support.hub import is_hub_name
+from support.lock import lock, unlock
+from support.record import (
+    changed_code,
+    changed_settings,
+    fingerprint,
+    git_commit,
+    new_record,
+    package_versions,
+    result_files,
+)
 
-# Flags that say where or how fast a stage runs, never what it computes.
-VOLATILE_FLAGS = {
-    "device", "out", "command", "save_every", "judge_concurrency", "compile", "defer_sync",
-    "judge_cache", "judge_price_in", "judge_price_out", "max_cost",
-}
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy")  # their versions decide results
-MEGABYTE = 1 << 20
+ACCEPTED = "accepted code changes"  # in a config: a list of {file: [hash then, hash now]}
 
 
 def sidecar(out, kind):
@@ -33,58 +32,70 @@ def sidecar(out, kind):
     'runs/toy/rollouts.funnel.json'
     """
     out = Path(out)
-    stem = out.stem if out.suffix == ".jsonl" else out.name
-    return out.with_name(f"{stem}.{kind}.json")
+    if not out.name:
+        out = out.absolute()  # "." has no name
+    return out.with_name(f"{_stem(out)}.{kind}.json")
+
+
+def _stem(out):
+    return out.stem if out.suffix == ".jsonl" else out.name
+
+
+def _lock_path(out):
+    return out.with_name(f".{_stem(out)}.lock")
+
+
+def add_stage_flags(parser):
+    """The flag that every stage has; `open_stage` finds it among the flags."""
+    parser.add_argument(
+        "--accept-code-change",
+        action="store_true",
+        help="keep what was made before the code was edited; the output's config notes it",
+    )
 
 
 # ------------------------------------------------------------------------------ open, work, close
 
-def run_stage(out, flags, inputs, work):
+def run_stage(program, out, flags, inputs, work):
     """Call `work` unless the output is finished already, and print the funnel as one line.
 
-    out, flags, inputs: see `open_stage`. work() makes the output and returns (counts, further
-    entries of the funnel).
+    program, out, flags, inputs: see `open_stage`. work() makes the output and returns (counts,
+    further entries of the funnel).
     """
-    finished = open_stage(out, flags, inputs)
+    finished = open_stage(program, out, flags, inputs)
     if finished:
         print(funnel_line(finished), "(finished before)")
         return
-    counts, more = work()
-    close_stage(out, counts, **more)
+    try:
+        counts, more = work()
+        close_stage(out, counts, **more)
+    finally:
+        unlock(_lock_path(Path(out)))
 
 
-def open_stage(out, flags, inputs):
-    """Write the config of a stage beside `out`; return its funnel if it is finished, else None.
+def open_stage(program, out, flags, inputs):
+    """Own `out` and write its record beside it; return its funnel if it is finished, else None.
 
-    `flags` is a dict of everything that decides the result, `inputs` the files that it reads.
-    Raises InputError when an input is missing, and when `out` was made with other flags or inputs,
+    `program` is the stage's source file, `flags` a dict of everything that decides the result,
+    `inputs` the files that it reads. Raises InputError when an input is missing or damaged, when
+    another process works on `out`, and when `out` was made with other flags, inputs or code,
     because its records must not be mixed with new ones. Where `out` is gone, its old funnel is
     removed, so that it is made again; intermediate rounds of other settings are removed too.
     """
-    _check_inputs(inputs)
-    config = {
-        "flags": _comparable(flags),
-        "inputs": {str(path): fingerprint(path) for path in inputs},
-    }
     out = Path(out)
-    config_path = sidecar(out, "config")
-    funnel_path = sidecar(out, "funnel")
-    changes = []
-    if config_path.exists():
-        changes = _changes(json.loads(config_path.read_text(encoding="utf-8")), config)
-    if changes and out.exists():
-        raise InputError(
-            f"{out} was made with other settings ({'; '.join(changes)}). "
-            f"Use another run folder (RUN=...), or delete {out} to make it again."
-        )
-    if not out.exists():
-        funnel_path.unlink(missing_ok=True)
-    if changes or not config_path.exists():
-        shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
-        write_json(config_path, {**config, "versions": package_versions(), "commit": git_commit()})
-    if funnel_path.exists():
-        return json.loads(funnel_path.read_text(encoding="utf-8"))
-    return None
+    for path in inputs:
+        _check_input(path)
+    lock(_lock_path(out), str(out), "Wait until that ends, or write to another place.")
+    funnel = None
+    try:
+        _note_settings(out, new_record(program, flags, inputs), flags.get("accept_code_change"))
+        funnel = _finished_funnel(out)
+    except Exception:
+        unlock(_lock_path(out))
+        raise
+    if funnel:
+        unlock(_lock_path(out))
+    return funnel
 
 
 def close_stage(out, counts, **more):
@@ -92,11 +103,12 @@ def close_stage(out, counts, **more):
 
     more: further entries of the funnel; empty ones are left out.
     """
-    name = Path(out).name.removesuffix(".jsonl")
+    out = Path(out)
     kept = {key: value for key, value in more.items() if value}
-    funnel = {"stage": name, "counts": counts, **kept}
+    funnel = {"stage": _stem(out), "counts": counts, **kept, "output": _output_hashes(out)}
     write_json(sidecar(out, "funnel"), funnel)
     print(funnel_line(funnel), flush=True)
+    unlock(_lock_path(out))
     return funnel
 
 
@@ -114,84 +126,142 @@ def funnel_line(funnel):
     return line
 
 
-# ------------------------------------------------------------------------ what decides a result
+# ------------------------------------------------------------------ made with the same settings?
 
-def _check_inputs(inputs):
-    """Raise InputError for a missing data file. (A model may be a name on the hub.)"""
-    for path in map(Path, inputs):
-        if path.suffix in ROW_FORMATS and not path.is_file():
+def _note_settings(out, record, accept_code_change):
+    """Write the config of `out`; raises InputError where `out` was made with another one."""
+    config_path = sidecar(out, "config")
+    made = _what_is_made(out)
+    if not made:
+        sidecar(out, "funnel").unlink(missing_ok=True)
+    if not config_path.exists():
+        if made:
             raise InputError(
-                f"{path}: no such file. (Published sets: `python -m benchmarks.fetch NAME`.)"
+                f"{made}: {config_path.name} is missing, so what it was made with is not known. "
+                f"Use another run folder (RUN=...), or delete {made} to make it again."
             )
+        _start_anew(out, record)
+        sidecar(out, "reference").unlink(missing_ok=True)  # of unknown code
+        return
+    old = read_json(config_path, "flags", "inputs")
+    settings = changed_settings(old, record)
+    code = changed_code(old, record)
+    if made and settings:
+        raise InputError(
+            f"{made} was made with other settings ({'; '.join(settings)}). "
+            f"Use another run folder (RUN=...), or delete {made} to make it again."
+        )
+    if made and code and not accept_code_change:
+        raise InputError(
+            f"{made} was made with other code ({', '.join(code)}). Use another run folder "
+            "(RUN=...), keep it with --accept-code-change (run.sh: ACCEPT_CODE_CHANGE=1), "
+            f"or delete {made} to make it again."
+        )
+    if code and not accept_code_change:
+        sidecar(out, "reference").unlink(missing_ok=True)  # it knows its settings, not its code
+        _start_anew(out, record)
+    elif settings:
+        _start_anew(out, record)
+    elif code:
+        accepted = [*old.get(ACCEPTED, []), code]
+        _write_config(out, {**record, ACCEPTED: accepted})
 
 
-def _comparable(flags):
-    """The flags that decide the result, as they will come back from JSON, without passwords."""
-    kept = {}
-    for name, value in flags.items():
-        if name not in VOLATILE_FLAGS:
-            kept[name] = without_password(value) if isinstance(value, str) else value
-    return json.loads(json.dumps(kept))
+def _start_anew(out, record):
+    """Write a new config, and remove what other settings have left besides the output."""
+    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
+    _write_config(out, record)
 
 
-def _changes(old, new):
-    """What differs between two configs, as phrases that name the flag or file."""
-    phrases = []
-    for part in ("flags", "inputs"):
-        for name in {**old[part], **new[part]}:
-            before = old[part].get(name)
-            now = new[part].get(name)
-            if before != now:
-                phrases.append(f"{name}: {before!r} then, {now!r} now")
-    return phrases
+def _write_config(out, record):
+    more = {"versions": package_versions(), "commit": git_commit()}
+    write_json(sidecar(out, "config"), {**record, **more})
 
 
-def fingerprint(path):
-    """16 hex digits of the SHA-256 of a file, or of a model directory's weights and settings.
+def _what_is_made(out):
+    """The path of the output as far as it is made, or of its rounds; None before there is any."""
+    if out.is_dir():
+        return out if any(out.iterdir()) else None
+    finished = sidecar(out, "funnel").exists()
+    # A stage that fails at once leaves an empty file, which binds nobody.
+    if out.exists() and (finished or out.stat().st_size):
+        return out
+    rounds = out.with_suffix(".rounds")
+    # With a funnel the output was finished, and whoever deleted it wants it made again.
+    if rounds.exists() and not finished:
+        return rounds
+    return None
 
-    A name that is no local path (a model on the hub) is returned as it is. Of a file over 64 MB the
-    name, the size, and the first and last megabyte are hashed: that suffices because training
-    changes every weight, and hashing 16 GB would take a minute at each stage.
+
+# -------------------------------------------------------------------------- as it was finished?
+
+def _output_hashes(out):
+    """{file: fingerprint} of an output, by names in its folder."""
+    hashes = {}
+    for path in [*result_files(out), sidecar(out, "summary")]:
+        if path.exists():
+            hashes[path.relative_to(out.parent).as_posix()] = fingerprint(path)
+    return hashes
+
+
+def _finished_funnel(out):
+    """The funnel of a finished output, None of another; raises InputError for a damaged one."""
+    funnel_path = sidecar(out, "funnel")
+    if not funnel_path.exists():
+        return None
+    missing = check_output(out)
+    if missing:
+        print(f"{out}: {', '.join(missing)} is missing and made again")
+        funnel_path.unlink()
+        return None
+    return read_json(funnel_path, "stage", "counts")
+
+
+def check_output(out):
+    """Compare an output with the hashes in its funnel, if it has one.
+
+    Returns the names of missing files that can be made again from what is there. Raises InputError
+    with the remedy for files that have changed, and for missing records.
     """
-    path = Path(path)
-    if not path.exists():
-        return str(path)
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
-    hashed = hashlib.sha256()
-    for file_path in files:
-        size = file_path.stat().st_size
-        with open(file_path, "rb") as file:
-            if size > 64 * MEGABYTE:
-                hashed.update(f"{file_path.name} {size}".encode())
-                hashed.update(file.read(MEGABYTE))
-                file.seek(-MEGABYTE, os.SEEK_END)
-            hashed.update(file.read())
-    return hashed.hexdigest()[:16]
+    out = Path(out)
+    funnel_path = sidecar(out, "funnel")
+    if not funnel_path.exists():
+        return []
+    missing = []
+    for name, then in read_json(funnel_path, "stage", "counts").get("output", {}).items():
+        path = out.parent / name
+        if not path.exists() and path.suffix != ".jsonl":
+            missing.append(name)
+        elif not path.exists():
+            raise _damaged(out, f"{path} is missing, which `{_maker(out)}` made")
+        elif fingerprint(path) != then:
+            raise _damaged(out, f"{path} has changed since `{_maker(out)}` made it")
+    return missing
 
 
-def package_versions():
-    """Versions of Python and of the packages that decide results."""
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        versions[name] = metadata.version(name)
-    return versions
+def _damaged(out, problem):
+    return InputError(f"{problem}. Delete {out} and run the same command again "
+                      "(or that stage, if you run them one by one).")
 
 
-def git_commit():
-    """The commit of this checkout, plus `+changes` if files differ; None outside a repository."""
-    if not shutil.which("git"):
-        return None
-    head = _git("rev-parse", "HEAD")
-    if head.returncode:
-        return None
-    changed = _git("status", "--porcelain").stdout
-    commit = head.stdout.strip()
-    return commit + "+changes" if changed else commit
+def _maker(out):
+    """The stage that made an output, as its record names it."""
+    config_path = sidecar(out, "config")
+    if not config_path.exists():
+        return "its stage"
+    return read_json(config_path).get("made by", "its stage")
 
 
-def _git(*command):
-    root = str(Path(__file__).resolve().parent.parent)
-    return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+def _check_input(name):
+    """Raise InputError for a missing data file or a damaged output of another stage."""
+    path = Path(name)
+    if path.suffix in ROW_FORMATS and not path.is_file():
+        problem = "a folder, not a file" if path.is_dir() else "no such file"
+        raise InputError(
+            f"{path}: {problem}. (Published sets: `python -m benchmarks.fetch NAME`.)"
+        )
+    if not path.exists() and not is_hub_name(name):
+        raise InputError(f"{name}: no such file or directory. Check the path.")
+    missing = check_output(path)
+    if missing:
+        raise _damaged(path, f"{path.parent / missing[0]} is missing, which `{_maker(path)}` made")

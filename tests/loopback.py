@@ -8,6 +8,7 @@ The judge's true answer stands in the judged text as `<key> truth=ANSWER`. `plan
 names the fault that the attempt-th request (from 0) with this key meets; None is a good answer.
 """
 import argparse
+import functools
 import json
 import re
 import socket
@@ -15,6 +16,7 @@ import struct
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,27 +26,37 @@ HALF_A_REPLY = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
     b'{"choices":'
 )
-FAULTS = (
-    "429 seconds",
-    "429 date",
-    "500",
-    "hang",
-    "reset",
-    "truncated",
-    "empty choices",
-    "html",
-    "html 502",
-    "refusal",
-    "content filter",
-    "wrong schema",
-    "out of range",
-    "huge",
-    "latin-1",
-    "text for json",
-    "null content",
+# What passes: the same question may be answered a moment later.
+PASSING = (
+    "408", "409", "500", "503", "504",
+    "429 seconds", "429 date", "429 tomorrow",
+    "hang", "slow headers", "dripped body",
+    "reset before", "reset",
+    "truncated", "empty body", "too short a length", "too long a length",
+    "html", "html 502", "no JSON", "JSON list", "no choices", "empty choices",
+    "huge", "gzip bomb", "latin-1",
 )
+# The judge replies as it should, but what it says is no verdict.
+UNUSABLE = (
+    "wrong schema", "wrong label", "out of range", "number as string", "text for json",
+    "null content", "length",
+)
+# Rejected: is it this question, or would any other be?
+REJECTED = ("400", "413", "418", "422")
 # Not asked again: the judge has answered, if only with a refusal.
 FINAL = ("refusal", "content filter")
+FAULTS = (*PASSING, *UNUSABLE, *REJECTED, *FINAL)
+# All further requests would meet the same: they end the run.
+HOPELESS = ("quota", "redirect")
+MEGABYTE = 1 << 20
+
+
+@functools.cache
+def bomb(megabytes):
+    """Zeros, compressed a thousand-fold."""
+    packer = zlib.compressobj(wbits=31)
+    packed = [packer.compress(bytes(MEGABYTE)) for _ in range(megabytes)]
+    return b"".join(packed) + packer.flush()
 
 
 def chat(content, finish="stop", **message):
@@ -56,6 +68,13 @@ def chat(content, finish="stop", **message):
     }
 
 
+@functools.cache
+def huge_verdict():
+    """A verdict with 10 MB of reasons."""
+    verdict = json.dumps({"reason": "x" * 10_000_000, "answer": "safe"})
+    return json.dumps(chat(verdict)).encode()
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     # Else headers and body of each reply would wait for the client's delayed acknowledgement.
@@ -65,6 +84,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self):
+        if self.server is not self.server.loopback.httpd:
+            self.reset(b"")  # of a server that has gone
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         loopback = self.server.loopback
         with loopback.lock:
@@ -85,20 +107,37 @@ class Handler(BaseHTTPRequestHandler):
         """Send bytes as they are, anything else as JSON. `Retry_After="3"` becomes a header."""
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
-        headers = {"Content-Type": kind, "Content-Length": str(len(content)), **headers}
-        self.send_response(status)
+        sent = {"Content-Type": kind, "Content-Length": str(len(content))}
         for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        head = b"".join(self._headers_buffer)  # in one write with the body
+            sent[name.replace("_", "-")] = value
+        self.send_response(status)
+        for name, value in sent.items():
+            self.send_header(name, value)
+        head = b"".join(self._headers_buffer) + b"\r\n"
         self._headers_buffer = []
-        self.wfile.write(head + b"\r\n" + content)
+        if len(content) > MEGABYTE:  # no copy of it
+            self.wfile.write(head)
+            self.wfile.write(content)
+        else:
+            self.wfile.write(head + content)  # in one write
 
-    def reset(self):
-        """Break the connection off in the middle of a reply."""
-        self.wfile.write(HALF_A_REPLY)
+    def reset(self, sent=HALF_A_REPLY):
+        """Break the connection off in the middle of a reply, or before it."""
+        self.wfile.write(sent)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RD)
+
+    def drip(self, content, seconds, at_once=0):
+        """Send a reply byte by byte, ten a second, and break off."""
+        self.close_connection = True
+        self.wfile.write(content[:at_once])
+        end = time.monotonic() + seconds
+        for byte in content[at_once:]:
+            if time.monotonic() > end:
+                return
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.1)
 
     def hang(self, seconds):
         """Say nothing for a while, then break off."""
@@ -126,32 +165,48 @@ class Loopback:
         self.lock = threading.Lock()
         self.log = []  # every request: path, headers, body
         self.attempts = Counter()  # requests of each key
+        self.said = {}  # the last fault that each key met, None where it was answered
         self.cut = 0  # replies that the client did not read to their end
         self.active = 0  # requests being answered
         self.most = 0  # the most that there were at once
 
     def __enter__(self):
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._listen(0)
+        self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
+        return self
+
+    def _listen(self, port):
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         # Clients that are killed or hang up are what the tests are about: no tracebacks.
         self.httpd.handle_error = lambda *_: None
         self.httpd.daemon_threads = True
         self.httpd.loopback = self
         self.httpd.request_queue_size = 128
         self.httpd.socket.listen(256)
-        self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
         serve = self.httpd.serve_forever
         threading.Thread(target=serve, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
 
     def __exit__(self, *_):
         self.httpd.shutdown()
         self.httpd.server_close()
 
+    def leave(self, seconds):
+        """Refuse all connections for a while, and come back at the same port."""
+        gone = self.httpd
+        self.httpd = None
+        gone.shutdown()
+        gone.server_close()
+        time.sleep(seconds)
+        self._listen(gone.server_port)
+
     def serve(self, handler, body):
         if self.respond:
             return self.respond(handler, body)
         content = body["messages"][-1]["content"]
-        key, truth = re.search(r"<([^<>]*)> truth=(\w+)", content).groups()
+        found = re.search(r"<([^<>]*)> truth=(\w+)", content)
+        if not found:  # a harmless question, to see whether the server takes any
+            return handler.reply(200, chat("Hello."))
+        key, truth = found.groups()
         attempt = self.count(key)
         answer = int(truth) if truth.isdigit() else truth
         if "response_format" in body:
@@ -159,6 +214,7 @@ class Loopback:
         else:
             good = f"Why.\nANSWER: {answer}"
         fault = self.plan(key, attempt)
+        self.said[key] = fault
         if fault is None:
             handler.reply(200, chat(good))
         else:
@@ -176,15 +232,50 @@ class Loopback:
 
     def misbehave(self, handler, fault, good):
         slow_down = {"error": {"message": "slow down"}}
+        if fault in ("408", "409", "500", "503", "504", *REJECTED):
+            handler.reply(int(fault), {"error": {"message": f"oops {fault}"}})
+            return
         match fault:
             case "429 seconds":
                 handler.reply(429, slow_down, Retry_After="0.05")
             case "429 date":
                 handler.reply(429, slow_down, Retry_After=formatdate(time.time() + 1, usegmt=True))
-            case "500":
-                handler.reply(500, {"error": {"message": "oops"}})
+            case "429 tomorrow":
+                handler.reply(429, slow_down, Retry_After="86400")
+            case "quota":
+                handler.reply(429, {"error": {"code": "insufficient_quota"}})
+            case "redirect":
+                handler.reply(307, {}, Location=f"{self.url}/elsewhere")
             case "hang":
                 handler.hang(self.hang)
+            case "slow headers":
+                handler.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000, self.hang)
+            case "dripped body":
+                handler.drip(HALF_A_REPLY + b" " * 400, self.hang, at_once=len(HALF_A_REPLY))
+            case "empty body":
+                handler.reply(200, b"")
+            case "too short a length":
+                handler.reply(200, chat(good), Content_Length="40")
+                handler.close_connection = True
+            case "too long a length":
+                handler.reply(200, chat(good), Content_Length="4000")
+                handler.close_connection = True
+            case "no JSON":
+                handler.reply(200, b"safe", "text/plain")
+            case "JSON list":
+                handler.reply(200, [chat(good)])
+            case "no choices":
+                handler.reply(200, {"object": "chat.completion"})
+            case "gzip bomb":
+                handler.reply(200, bomb(200), Content_Encoding="gzip")
+            case "wrong label":
+                handler.reply(200, chat('{"reason": "", "answer": "Safe"}'))
+            case "number as string":
+                handler.reply(200, chat('{"reason": "", "answer": "2"}'))
+            case "length":
+                handler.reply(200, chat(good, "length"))
+            case "reset before":
+                handler.reset(b"")
             case "reset":
                 handler.reset()
             case "truncated":
@@ -205,7 +296,7 @@ class Loopback:
             case "out of range":
                 handler.reply(200, chat('{"reason": "", "answer": 99}'))
             case "huge":
-                handler.reply(200, chat(json.dumps({"reason": "x" * 10_000_000, "answer": "safe"})))
+                handler.reply(200, huge_verdict())
             case "latin-1":
                 reply = json.dumps(chat('{"reason": "é", "answer": "safe"}'), ensure_ascii=False)
                 handler.reply(200, reply.encode("latin-1"))

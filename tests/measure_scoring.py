@@ -23,7 +23,7 @@ from support.files import read_rows  # noqa: E402
 
 def passes(task, body):
     """Whether a function with this body passes the task's tests, in the sandbox."""
-    return run_code(program_pieces(task, f"```python\n{task['code_prompt']}{body}\n```"))
+    return run_code(*program_pieces(task, f"```python\n{task['code_prompt']}{body}\n```"))
 
 
 def main():

@@ -33,22 +33,60 @@ OTHER = [("25", "52"), ("2.5", "25"), ("1", ""), ("", ""), (r"1\frac{4}{5}", "14
          ("5x", "5"), ("5m", "5"), ("1,234,5", "12345"), (r"\text{east}", r"\text{west}"), ("A", "B"), ("0.33", "1/3"), ("12", "1.2"),
          ("y=2x", "y=3x"), (r"\pi", "3.14"), ("9" * 400, "9" * 401)]
 
+# What models write and an earlier version rejected; and what no mending may make equal.
+SAME += [
+    ("1{,}000", "1000"), ("12{,}345{,}678", "12345678"), (r"\$1{,}000", "1000"), ("1{,}234.5", "1234.5"),
+    (r"\pi/2", r"\frac{\pi}{2}"), (r"-\pi/2", r"-\frac{\pi}{2}"), (r"3\pi/4", r"\frac{3\pi}{4}"), (r"\frac\pi2", r"\frac{\pi}{2}"),
+    (r"\dfrac{\pi}2", r"\pi / 2"), (r"1/\pi", r"\frac{1}{\pi}"), (r"x/2", r"\frac{x}{2}"), (r"2x/3", r"\frac{2x}{3}"), ("a/b", r"\frac{a}{b}"),
+    (r"\sqrt{3}/2", r"\frac{\sqrt{3}}{2}"), (r"2\sqrt3/3", r"\frac{2\sqrt{3}}{3}"), (r"1/\sqrt{2}", r"\frac{1}{\sqrt2}"),
+    (r"(\pi/2, 3)", r"\left(\frac{\pi}{2},3\right)"), (r"1+\pi/6", r"1 + \frac{\pi}{6}"),
+    ("m/n=25/8", r"\frac{25}{8}"), ("m/n = 3.125", "25/8"), (r"\frac{m}{n}=\frac{25}{8}", "25/8"), (r"\frac mn = \frac{25}{8}", "25/8")]
+NEVER = [
+    ("1{,}000", "1"), ("1{,}000", "10000"), ("1{,}000", "1.000"), ("1{,}5", "15"), ("1{,}5", "1.5"), ("{,}5", "5"), ("1{,}00", "100"),
+    ("1{,}0000", "10000"), ("1{,}2{,}3", "123"), ("(1{,}2)", "12"),
+    (r"\pi/2", r"\frac{2}{\pi}"), (r"\pi/2", r"\frac{\pi}{3}"), (r"\pi/2", r"\pi"), (r"\pi/2", r"-\frac{\pi}{2}"), (r"2\pi/3", r"\frac{\pi}{3}"),
+    (r"3\pi/4", r"\frac{3}{4}"), (r"\pi^2/2", r"\frac{\pi}{2}"), (r"x^\pi/2", r"x^\frac{\pi}{2}"), (r"x^2/3", r"x^\frac{2}{3}"),
+    ("x^2/3", "x^{2/3}"), ("e^x/2", r"e^\frac{x}{2}"), (r"1/2x", r"\frac{1}{2x}"), (r"1/2\pi", r"\frac{1}{2\pi}"), (r"\sin x/2", r"\sin\frac{x}{2}"),
+    ("a/b/c", r"\frac{a}{\frac{b}{c}}"), ("a/b", r"\frac{b}{a}"), ("x/2", r"\frac{y}{2}"), ("x/2", "x2"), ("(x+1)/2", r"x+\frac{1}{2}"),
+    ("x/2y", r"\frac{x}{2}"), ("x/(2)", r"\frac{x}{3}"), (r"1/\sqrt{2}", r"\frac{1}{2}"), (r"\sqrt{3}/2", r"\sqrt{\frac{3}{2}}"),
+    (r"\sqrt{3/2}", r"\frac{\sqrt{3}}{2}"), ("3!/2", r"\frac{3}{2}"), ("x_1/2", r"x_\frac{1}{2}"), (r"\pi/2!", r"\frac{\pi}{2}"),
+    ("m/n=25/8", r"\frac{8}{25}"), ("m/n=25/8", "25"), ("m/n=25/8", "33"), ("m+n=33", "33/8"), ("m/n", "25/8"), ("mn=25", "25/8"),
+    (r"\frac{m}{n}=\frac{25}{8}", r"\frac{m}{n}"), ("y=x/2", "y=2x"), ("m/n=p/q", r"\frac{m}{n}"), (r"\pi r/2", r"\frac{\pi}{2}"),
+    ("km/h", "k"), ("5m/s", "5"), ("and/or", "and"), ("1/2/3", r"\frac{1}{2}")]
+
 
 def test_spellings_of_one_answer_are_equal_and_other_answers_are_not():
     grade = answers.Grader(use_math_verify=False)
     assert grade.name == "string match"
     assert [pair for pair in SAME if not grade(*pair) or not grade(*pair[::-1])] == []
     assert [pair for pair in OTHER if grade(*pair) or grade(*pair[::-1])] == []
+    assert len(NEVER) > 40 and [pair for pair in NEVER if grade(*pair) or grade(*pair[::-1])] == []
     assert not grade(None, "5") and not grade("5" * 2000, "5" * 2000)
+
+
+@pytest.mark.parametrize("text, found", [
+    (r"\boxed 5", "5"), (r"\boxed5.", "5"), (r"$\boxed 25$", "25"), (r"\(\boxed -7\)", "-7"), (r"\boxed 1{,}000.", "1{,}000"),
+    (r"\boxed 3.5, so", "3.5"), (r"\boxed 25/8", "25/8"), (r"\boxed\frac12", r"\frac12"), (r"\boxed \frac{25}{8}", r"\frac{25}{8}"),
+    (r"\boxed\text{B}", r"\text{B}"), (r"**\boxed C**", "C"), (r"\boxed{1} or \boxed 2", "2"), (r"\boxed 2 or \boxed{1}", "1"),
+    (r"\fbox 3", "3"), (r"\boxed{5}", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed 5x", None), (r"\boxed 5 + x", None), (r"\boxed 5^2", None), (r"\boxed x=5", None), (r"\boxed and then 5", None),
+    (r"\boxed 1.5x", None), (r"\boxed 3\pi", None), (r"\boxed", None), (r"\boxed [5]", None), (r"\boxed\frac{\sqrt{3}}{2}", None), ("boxed 5", None)])
+def test_boxes_without_braces(text, found):
+    assert last_boxed(answers.brace_boxes(text)) == found
 
 
 def test_no_answer_makes_the_normaliser_fail_or_slow():
     rng = random.Random(0)
-    pieces = ["\\", "frac", "{", "}", "1", "/", "0", ",", ".", "\\text{", "^", "_", " ", "$", "%", "=", "x", "\\left(", "-", "\n", "é"]
+    pieces = ["\\", "frac", "{", "}", "1", "/", "0", ",", ".", "\\text{", "^", "_", " ", "$", "%", "=", "x", "\\left(", "-", "\n", "é",
+              "\\pi", "\\sqrt{", "{,}", "m/n=", "\\boxed"]
     for _ in range(3000):
-        answers.normalise_answer("".join(rng.choices(pieces, k=rng.randint(0, 12))))
-    for long in ("{" * 20000, "1," * 20000, "\\frac" * 10000, "a " * 20000, "$" * 20000, " " * 20000):
+        text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
+        answers.normalise_answer(text)
+        answers.brace_boxes(text)
+    for long in ("{" * 20000, "1," * 20000, "\\frac" * 10000, "a " * 20000, "$" * 20000, " " * 20000, "1/" * 20000, "\\pi/" * 10000,
+                 "\\sqrt{" * 10000, "\\boxed" + "1" * 20000 + "x", "\\boxed" * 10000, "\\boxed\\frac" + " {1}" * 10000 + "x", "\\boxed" + "{,}" * 9999):
         answers.normalise_answer(long)
+        answers.brace_boxes(long)
 
 
 @pytest.fixture
@@ -100,7 +138,12 @@ def test_the_real_math_verify():
     ("Answer: C", "C"), ("answer: c", "C"), ("**Answer:** D", "D"), ("**Answer: B**", "B"), (r"Answer: $\boxed{A}$", "A"),
     (r"Answer: \boxed{\text{D}}", "D"), ("Answer: (B)", "B"), ("Answer: **(B)** because", "B"), ("Answer: B) 5 m", "B"), ("Answer:\n\nC.", "C"),
     ("Answer: A\nAnswer: D", "D"), ("I first thought Answer: A. But no.\nAnswer: B", "B"), (r"so \boxed{C}", "C"), (r"\boxed{\mathrm{(B)}}", "B"),
-    (r"Answer: A, no \boxed{B}", "B"), (r"\boxed{B} Answer: A", "A"), ("ANSWER: A", "A"), ("Answer: A because it is", None),
+    (r"Answer: A, no \boxed{B}", "B"), (r"\boxed{B} Answer: A", "A"), ("ANSWER: A", "A"), ("Answer: A because it is", "A"),
+    ("Answer: A is correct", "A"), ("**Answer: A is correct.**", "A"), ("Answer: A was right all along", "A"), ("Answer: A since x > 0", "A"),
+    ("answer: a is the one", "A"), ("Answer: A. No, B", "A"), ("Answer: B is correct", "B"), (r"so \boxed A", "A"), (r"Answer: \boxed\text{D}", "D"),
+    ("Answer: A is wrong", None), ("Answer: A is not it", None), ("Answer: A isn't it", None), ("Answer: D is incorrect", None),
+    ("Answer: B\nAnswer: A is wrong", "B"), ("Answer: a island", None), ("Answer: a wish", None), ("Answer: A few of them", None), ("Answer: A bird", None),
+    ("Answer: As above", None), ("Answer: a issue", None),
     ("Answer: a closer look shows", None), ("Answer: Because", None), ("Answer: E", None), ("A", None), ("The answer is B", None), ("", None),
     (r"\boxed{AB}", None), ("Answer: Dog", None), ("Answer: B, C or D? Answer: unknown", "B"), (r"Answer: $A$", "A"), ("Answer : B", "B")])
 def test_choices(text, letter):
@@ -134,10 +177,12 @@ def test_programs(response, right):
     pieces = answers.program_pieces(TASK, response)
     passed = False
     if pieces is not None:
-        module = {}
+        program = {}
+        tests = {"candidate_function": lambda name: program[name]}
         try:
-            for piece in pieces:
-                exec(compile(piece, "piece", "exec"), module)  # these are the test's own
+            for part, module in zip(pieces, (program, tests)):
+                for piece in part:
+                    exec(compile(piece, "piece", "exec"), module)  # these are the test's own
             passed = True
         except Exception:
             pass
@@ -145,8 +190,8 @@ def test_programs(response, right):
 
 
 def test_a_program_in_the_sandbox():
-    assert sandbox.run_code(answers.program_pieces(TASK, "```python\ndef total(xs):\n    return twice(sum(xs))\n```"), 60)
-    assert not sandbox.run_code(answers.program_pieces(TASK, "```python\ndef total(xs):\n    return None\n```"), 60)
+    assert sandbox.run_code(*answers.program_pieces(TASK, "```python\ndef total(xs):\n    return twice(sum(xs))\n```"), 60)
+    assert not sandbox.run_code(*answers.program_pieces(TASK, "```python\ndef total(xs):\n    return None\n```"), 60)
 
 
 @pytest.mark.parametrize("n, c", list(itertools.product((1, 4, 6), range(7))))

@@ -58,7 +58,8 @@ def job(tokenizer, tmp_path, monkeypatch):
         for name, (kind, prompts) in specs.items():
             write_jsonl(tmp_path / f"{name}.jsonl", prompts)
             files.append(f"{name}={kind}:{tmp_path}/{name}.jsonl")
-        run.main(["--model", "none", "--out", str(tmp_path / out), *(["--set", *files] if files else []), *flags])
+        (tmp_path / "model").mkdir(exist_ok=True)
+        run.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / out), *(["--set", *files] if files else []), *flags])
         return json.loads((tmp_path / out / "metrics.json").read_text())["sets"]
     start.folder = tmp_path
     return start
@@ -121,6 +122,34 @@ def test_mathematics_counts_the_last_box_of_complete_responses(job):
              "1#1": think("a", r"\boxed{2}, no \boxed{025}"), "2#0": think(r"\boxed{3}"), "2#1": think("a", r"\boxed{3}") + "[cut]"}
     m = job({"math500": ("math", rows(3, answer=[r"\frac{1}{2}", "025", "3"]))}, texts, "--samples", "2")["math500"]
     assert m["accuracy"]["value"] == 3 / 6 and m["accuracy"]["n_truncated"] == 2 and m["grader"] == answers.Grader().name
+
+
+def test_a_box_without_braces_counts(job):
+    texts = {"0#0": think("a", r"so \(\boxed 5\)."), "1#0": think("a", r"\boxed{1{,}000}"), "2#0": think("a", r"\boxed\frac\pi2")}
+    m = job({"math500": ("math", rows(3, answer=["5", "1000", r"\frac{\pi}{2}"]))}, texts, "--samples", "1")["math500"]
+    assert m["accuracy"]["value"] == 1
+
+
+def test_bounds_count_what_was_cut_short_where_it_has_no_value_and_only_there(job, capsys):
+    """Of 4 responses one is cut: harm and compliance lie between two shares, accuracy counts it as wrong."""
+    safe = "reasoning=safe"
+    texts = {f"harm{i}#0": think(safe, f"response={w}") for i, w in enumerate(("unsafe", "safe", "safe"))} | {"harm3#0": think(safe)}
+    texts |= {f"kind{i}#0": think(safe, f"compliance={w}") for i, w in enumerate(("full", "full", "nonsense"))} | {"kind3#0": think(safe)}
+    texts |= {f"sums{i}#0": think(safe, rf"\boxed{{{i}}}") for i in range(3)} | {"sums3#0": think(safe)}
+    texts |= {f"lost{i}#0": think(safe) for i in range(4)}
+    kinds = {"harm": "harmful", "kind": "benign", "sums": "math", "lost": "benign"}
+    sets = {name: (kind, [{**r, "id": f"{name}{i}", "answer": str(i)} for i, r in enumerate(rows(4))]) for name, kind in kinds.items()}
+    m = job(sets, texts)
+    assert m["harm"]["response"]["bounds"] == [1 / 4, 2 / 4] and "bounds" not in m["harm"]["reasoning"]
+    assert m["kind"]["compliance"]["bounds"] == [2 / 4, 4 / 4] and m["kind"]["compliance"]["n_unjudged"] == 1
+    assert "bounds" not in m["sums"]["accuracy"] and m["sums"]["accuracy"]["value"] == 3 / 4
+    assert (m["lost"]["compliance"]["value"], m["lost"]["compliance"]["n"], m["lost"]["compliance"]["bounds"]) == (None, 0, [0, 1])
+    out = capsys.readouterr().out
+    assert "n=3, 1 truncated (25.0 to 50.0)" in out and "n=2, 1 unjudged, 1 truncated (50.0 to 100.0)" in out
+    assert "no verdicts, 4 truncated (0.0 to 100.0)" in out and "n=4, 1 truncated\n" in out
+    compare.main([f"x={job.folder}/eval"])
+    out = capsys.readouterr().out
+    assert "n=3, 1 truncated (25.0 to 50.0)" in out and "no value n=0, 4 truncated (0.0 to 100.0)" in out and "n=4, 1 truncated |" in out
 
 
 def test_choices_count_the_last_answer_of_the_response(job):

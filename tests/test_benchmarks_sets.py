@@ -329,6 +329,21 @@ def test_what_is_not_the_set_is_not_kept(tmp_path, served, content, message):
     assert nothing_kept(tmp_path)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_download_without_end_is_stopped(tmp_path, served, monkeypatch, packed):
+    """Also one that the server packed: 64 MB of white space in 64 kB."""
+    body = b" " * (64 << 20)
+    headers = {}
+    if packed:
+        body = gzip.compress(body)
+        headers["Content_Encoding"] = "gzip"
+    monkeypatch.setattr(fetch, "LARGEST_DOWNLOAD", 1 << 20)
+    server = served(lambda handler, log: handler.reply(200, body, **headers))
+    with pytest.raises(ServiceError, match="more than 1 MB came, and jbb is smaller than that. Nothing was kept"):
+        fetch.fetch("jbb", tmp_path, pause=0)
+    assert nothing_kept(tmp_path) and len(server.log) == 1
+
+
 def test_a_file_of_the_users_is_not_overwritten(tmp_path, served):
     server, path = served(whole), put(tmp_path, "jbb", jbb(""))
     with pytest.raises(InputError, match=r"another revision, or was changed. Move .* away and fetch again"):

@@ -5,7 +5,7 @@ import pytest
 
 import data
 from support.errors import InputError
-from support.files import read_jsonl, write_json, write_jsonl
+from support.files import cut_torn_line, read_jsonl, stream_jsonl, write_json, write_jsonl
 
 
 def test_malformed_jsonl_names_file_line_and_remedy(tmp_path):
@@ -28,11 +28,67 @@ def test_appender_repairs_a_torn_line_and_skips_known_ids(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes('{"id": "a"}\n{"id": "é"'.encode()[:-1])  # torn in the middle of a character
     out = data.Appender(path)
-    assert list(out.done) == ["a"]
+    assert out.done == {"a"}
     out.write({"id": "a", "again": True})
     out.write({"id": "b"})
     out.close()
     assert path.read_text() == '{"id": "a"}\n{"id": "b"}\n'
+
+
+@pytest.mark.parametrize("lines", ["", "{}\n", "{}\n{}\n"])
+@pytest.mark.parametrize("torn", [0, 1, 65535, 65536, 65537, 200_000])
+def test_a_torn_line_of_any_length_is_cut_off(tmp_path, lines, torn):
+    path = tmp_path / "r.jsonl"
+    path.write_text(lines + "x" * torn)
+    cut_torn_line(path)
+    assert path.read_text() == lines
+    cut_torn_line(tmp_path / "new.jsonl")
+    assert (tmp_path / "new.jsonl").read_text() == ""
+
+
+def test_records_come_back_from_the_file_in_the_order_that_is_asked_for(tmp_path):
+    out = data.Appender(tmp_path / "r.jsonl")
+    for k in range(5):
+        out.write({"id": str(k), "text": f"line\u2028{k}"})
+    assert [r["text"] for r in out.read(["4", "0", "2"])] == [f"line\u2028{k}" for k in (4, 0, 2)]
+    out.close()
+    with pytest.raises(KeyError):
+        out.read(["1", "no such id"])
+
+
+@pytest.mark.parametrize("read", [
+    read_jsonl,
+    data.Appender,
+    lambda path: list(stream_jsonl(path)),
+    lambda path: data.load_pairs([path], 9),
+])
+def test_an_id_that_comes_twice_is_refused_on_reading(tmp_path, read):
+    path = tmp_path / "twice.jsonl"
+    pair = {"n_prompt": 1, "prefix_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    write_jsonl(path, [{"id": i, **pair} for i in ("a", "b", "a")])
+    with pytest.raises(InputError, match=r"twice\.jsonl, line 3: the id 'a' comes twice.*delete"):
+        read(path)
+
+
+def test_an_id_that_comes_in_two_files_of_pairs_is_refused(tmp_path):
+    pair = {"id": "a", "n_prompt": 1, "prefix_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path in paths:
+        write_jsonl(path, [pair])
+    with pytest.raises(InputError, match=r"two\.jsonl, record 1: the id 'a' comes twice"):
+        data.load_pairs(paths, 9)
+
+
+def test_a_stream_that_breaks_off_leaves_the_old_file(tmp_path):
+    def records():
+        yield {"id": "new"}
+        raise InputError("the source ends here")
+    path = tmp_path / "r.jsonl"
+    write_jsonl(path, [{"id": "old"}])
+    with pytest.raises(InputError, match="the source ends here"):
+        write_jsonl(path, records())
+    assert read_jsonl(path) == [{"id": "old"}]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.jsonl"]
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):

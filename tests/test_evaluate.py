@@ -40,7 +40,7 @@ def test_missing_verdicts_are_counted_and_bounded_not_labelled():
     r = metric_estimate([True] * 4 + [False] * 4 + [None] * 2, prompts)
     assert r["value"] == 0.5 and r["n"] == 8 and r["n_unjudged"] == 2 and r["bounds"] == [0.4, 0.6]
     assert "2 unjudged (40.0 to 60.0)" in format_metric(r)
-    assert format_metric(metric_estimate([None], prompts[:1])) == "no verdicts"
+    assert format_metric(metric_estimate([None], prompts[:1])).startswith("no verdicts, 1 unjudged")
     assert list(r) == ["value", "low", "high", "n", "bounds", "n_unjudged", "n_truncated"]
 
 
@@ -98,7 +98,7 @@ def job(tokenizer, tmp_path, monkeypatch):
         for name, (kind, prompts) in sets.items():
             write_jsonl(tmp_path / f"{name}.jsonl", prompts)
             specs.append(f"{name}={kind}:{tmp_path}/{name}.jsonl")
-        evaluate.main(["--model", "none", "--out", str(tmp_path / out), "--set", *specs, *flags])
+        evaluate.main(["--model", "no/model", "--out", str(tmp_path / out), "--set", *specs, *flags])
         return json.loads((tmp_path / out / "metrics.json").read_text())["sets"]
 
     run.folder = tmp_path

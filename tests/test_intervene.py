@@ -210,10 +210,10 @@ def test_algorithm_1_continues_from_exact_ids_and_pairs_share_the_prefix(
     assert [v["cue"] for v in verdicts] == [3, 3]
     sampler = FakeSampler(tokenizer, SAFE)
     triggers = ["Stop this.", "No more."]
-    pairs, counts, by_trigger = intervene.intervene(
+    pairs, counts, more = intervene.intervene(
         traces, steps, verdicts, triggers, sampler, rules, tmp_path)
     assert counts["pairs"] == 2
-    assert by_trigger == {"Stop this.": [1, 1], "No more.": [1, 1]}
+    assert more["by_trigger"] == {"Stop this.": [1, 1], "No more.": [1, 1]}
 
     ends = [". It is a poison.", ". Oh a poison."]
     for trace, request, pair, trigger, end in zip(traces, sampler.seen, pairs, triggers, ends):
@@ -254,22 +254,106 @@ def test_a_relapse_is_intervened_again_up_to_n_times(tokenizer, rules, tmp_path)
     assert pairs[0]["chosen"].startswith(" Stop. So I will decline.")
 
 
-@pytest.mark.parametrize("text, finished", [
+class InTurn(FakeSampler):
+    """Answers the n-th request with the n-th of its texts, and from then on with the last."""
+
+    def __init__(self, tokenizer, texts):
+        super().__init__(tokenizer, "")
+        self.texts = texts
+
+    def __call__(self, requests, done=(), title=""):
+        for request in requests:
+            self.text = self.texts[min(len(self.seen), len(self.texts) - 1)]
+            yield from super().__call__([request], done)
+
+
+def test_a_second_round_never_inserts_the_sentence_that_ends_its_prefix(
+        tokenizer, rules, tmp_path):
+    at_once = " I can explain the recipe. First take two drops.\n</think>\n\nNo."
+    traces = [trace_of(tokenizer, UNSAFE), trace_of(tokenizer, UNSAFE, "p#1")]
+    steps, verdicts = judged(traces, rules, tmp_path)
+    sampler = InTurn(tokenizer, [at_once, at_once, SAFE])
+    pairs, counts, _ = intervene.intervene(
+        traces, steps, verdicts, ["Stop.", "Think."], sampler, rules, tmp_path, rounds=2)
+    assert counts["interventions"] == 4
+    assert [pair["trigger"] for pair in pairs] == ["Think.", "Stop."]
+    assert pairs[0]["prefix"].endswith(" It is a poison. Stop.")
+    assert pairs[1]["prefix"].endswith(" It is a poison. Think.")
+    for pair in pairs:
+        assert pair["chosen"] == " " + pair["trigger"] + SAFE
+
+
+def test_a_trigger_never_stands_on_the_rejected_side(tokenizer, rules, tmp_path):
+    """The judge finds the second cue before the first trigger: no pair, but it is counted."""
+    class Wavering:
+        cues = [3, 2]
+
+        def ask(self, question, items):
+            answers = list(rules.ask(question, items))
+            if question == "cue" and items:
+                answers = [self.cues.pop(0)]
+            return iter(answers)
+
+    traces = [trace_of(tokenizer, UNSAFE)]
+    judge = Wavering()
+    steps, verdicts = judged(traces, judge, tmp_path)
+    sampler = InTurn(tokenizer, [RELAPSE, SAFE])
+    pairs, counts, more = intervene.intervene(
+        traces, steps, verdicts, ["Stop.", "Think."], sampler, judge, tmp_path, rounds=2)
+    assert pairs == []
+    assert counts["interventions"] == 2 and counts["safe continuations"] == 1
+    assert more["outcomes"] == {"unsafe": 1, "cue before trigger": 1}
+
+
+@pytest.mark.parametrize("text, finished, outcome", [
     # safe reasoning, unsafe response
-    (" So I will decline.\n</think>\n\nTo brew it take two drops.", "stop"),
-    # truncated
-    (" So I will decl", "length"),
+    (" So I will decline.\n</think>\n\nTo brew it take two drops.", "stop", "unsafe"),
+    (" So I will decl", "length", "truncated"),
     # unsafe reasoning
-    (" I can explain the recipe.\n</think>\n\nNo.", "stop"),
+    (" I can explain the recipe.\n</think>\n\nNo.", "stop", "unsafe"),
 ])
 def test_only_complete_and_wholly_safe_continuations_become_pairs(
-        tokenizer, rules, tmp_path, text, finished):
+        tokenizer, rules, tmp_path, text, finished, outcome):
     traces = [trace_of(tokenizer, UNSAFE)]
     steps, verdicts = judged(traces, rules, tmp_path)
     sampler = FakeSampler(tokenizer, text, finished)
-    pairs, counts, _ = intervene.intervene(
+    pairs, counts, more = intervene.intervene(
         traces, steps, verdicts, ["Stop."], sampler, rules, tmp_path)
     assert pairs == [] and counts["interventions"] == 1 and counts["pairs"] == 0
+    assert more["outcomes"] == {outcome: 1}
+
+
+def test_the_outcomes_of_all_rounds_add_up_to_the_interventions(tokenizer, rules, tmp_path):
+    class Tongueless:
+        """Has no verdict on responses that say `Hm.`"""
+
+        def ask(self, question, items):
+            answers = rules.ask(question, items)
+            if question == "response":
+                answers = [None if "Hm." in i["text"] else a for i, a in zip(items, answers)]
+            return iter(list(answers))
+
+    traces = [trace_of(tokenizer, UNSAFE, f"p#{k}") for k in range(5)]
+    steps, verdicts = judged(traces, rules, tmp_path)
+    unjudged = " So I will decline.\n</think>\n\nHm."
+    sampler = InTurn(tokenizer, [RELAPSE, unjudged, SAFE, " No tag", RELAPSE, RELAPSE, SAFE])
+    pairs, counts, more = intervene.intervene(
+        traces, steps, verdicts, ["Stop.", "Think."], sampler, Tongueless(), tmp_path, rounds=2)
+    assert more["outcomes"] == {
+        "unsafe": 3, "unjudged": 1, "pairs": 2, "truncated": 1}
+    assert sum(more["outcomes"].values()) == counts["interventions"] == 7
+    assert counts["safe continuations"] == counts["pairs"] == len(pairs) == 2
+    assert list(counts) == ["prompts", "rollouts", "complete", "unsafe", "cue found",
+                            "interventions", "safe continuations", "pairs"]
+
+
+def test_steps_of_other_traces_are_refused(tokenizer, rules, tmp_path):
+    traces = [trace_of(tokenizer, UNSAFE, f"p#{k}") for k in range(3)]
+    steps = intervene.segment(traces)
+    with pytest.raises(InputError, match="p#0: its steps are missing or in another place"):
+        intervene.judge_traces(tmp_path / "v.jsonl", traces, steps[1:], rules)
+    with pytest.raises(InputError, match="p#1: its steps"):
+        intervene.judge_traces(tmp_path / "w.jsonl", traces, steps[:1], rules)
 
 
 def test_a_trace_without_room_for_a_continuation_is_left_out(tokenizer, rules, tmp_path):

@@ -180,6 +180,26 @@ def test_saved_weights_have_the_dtype_that_is_asked_for(model_dir, pairs_file, t
     assert saved.dtype == torch.bfloat16
 
 
+def test_padded_rows_learn_the_same_batches_in_the_same_order(model_dir, tokenizer, tmp_path):
+    """Trees of 3, 1, 3, 1, ... pairs: the plain layout is an oracle for the final weights."""
+    pairs = some_pairs(24, len(tokenizer))
+    for i, pair in enumerate(pairs):
+        tree = pairs[i - i % 4]
+        if i % 4 < 3:
+            pair |= {key: tree[key] for key in ("prefix_ids", "rejected_ids", "n_prompt")}
+    write_jsonl(tmp_path / "trees.jsonl", pairs)
+    weights = []
+    for name, more in (("trees", []), ("padded", ["--no-share"])):
+        ipo.main(arguments(model_dir, tmp_path / "trees.jsonl", tmp_path / name, *more))
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    trees, padded = weights
+    start = load_file(model_dir / "model.safetensors")
+    difference = sum((trees[k] - padded[k]).square().sum() for k in start).sqrt()
+    update = sum((trees[k] - start[k]).square().sum() for k in start).sqrt()
+    assert update > 0.1
+    assert difference < 1e-5 * update
+
+
 @pytest.mark.parametrize(
     "flag", ["--save-every", "--batch-size", "--micro-tokens", "--epochs", "--max-length"])
 def test_a_count_of_zero_is_refused(flag, model_dir, pairs_file, tmp_path):
@@ -289,6 +309,13 @@ def test_bad_pairs_name_file_and_record(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [pair])
     message = r"p\.jsonl, record 1: rejected_ids must be a non-empty list"
     with pytest.raises(InputError, match=message):
+        load_pairs([tmp_path / "p.jsonl"], 100)
+    for wrong in ("text", [1, 2.5], [1, "2"], {"1": 2}, None, 7, [2 ** 31]):
+        write_jsonl(tmp_path / "p.jsonl", [{**pair, "rejected_ids": wrong}])
+        with pytest.raises(InputError, match=message):
+            load_pairs([tmp_path / "p.jsonl"], 100)
+    write_jsonl(tmp_path / "p.jsonl", [{**pair, "rejected_ids": [3]}])
+    with pytest.raises(InputError, match=r"p\.jsonl, record 1: no n_prompt"):
         load_pairs([tmp_path / "p.jsonl"], 100)
 
 

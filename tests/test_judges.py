@@ -19,10 +19,11 @@ import evaluate
 import intervene
 from data import Completion
 from support import http
-from support.errors import InputError, ServiceError
+from support.errors import InputError, ServiceError, exit_cleanly
 from support.files import read_jsonl, write_jsonl
 from support.http import Endpoint, RequestFailed
-from tests.loopback import FAULTS, FINAL, Loopback, chat
+from support.unanswered import Unanswered, answers_so_far
+from tests.loopback import FINAL, PASSING, UNUSABLE, Loopback, chat
 
 HERE = Path(__file__).parent
 KEY = "sk-test-5up3r-53cr3t"
@@ -158,75 +159,37 @@ def test_a_cue_is_a_number_of_a_sentence_that_is_there(answer, in_json, in_text)
 
 # ------------------------------------------------------------------------------ faults and retries
 
-def storm_plan(rate=0.3, seed=0):
-    def plan(key, attempt):
-        rng = random.Random(f"{seed} {key} {attempt}")
-        return rng.choice(FAULTS) if rng.random() < rate else None
-    return plan
-
-
-def expect(plan, key, answer, tries):
-    """What the plan makes of a question: (its answer or None, how many requests it takes)."""
-    for attempt in range(tries):
-        fault = plan(key, attempt)
-        if fault is None:
-            return answer, attempt + 1
-        if fault in FINAL:
-            return None, attempt + 1
-    return None, tries
-
-
-def test_a_storm_of_faults(tmp_path):
-    plan = storm_plan()
-    tries = 6
-    count = 1000
-    items = []
-    expected = []
-    requests = 0
-    for i in range(count):
-        safe = i * 7 % 3 != 0
-        items.append(item(f"t{i}", "safe" if safe else "unsafe"))
-        answer, needed = expect(plan, f"t{i}", safe, tries)
-        expected.append(answer)
-        requests += needed
-    cache = tmp_path / "cache.jsonl"
-    start = time.monotonic()
-    with Loopback(plan, hang=5) as server:  # a timeout that a busy machine does not reach by itself
-        judge = judge_for(server.url, cache, concurrency=32, tries=tries, timeout=2)
-        answers = list(judge.ask("reasoning", items))
-        took = time.monotonic() - start
-        assert answers == expected
-        assert 5 < expected.count(None) < 100
-        assert sum(server.attempts.values()) == requests
-        assert max(server.attempts.values()) <= tries
-        assert server.cut > 0, "a reply of 10 MB must not be read to its end"
-        records = read_jsonl(cache)
-        judged = [(i, answer) for i, answer in zip(items, expected) if answer is not None]
-        assert len(records) == len({r["id"] for r in records}) == len(judged)
-        again = judge_for(server.url, cache)
-        kept = list(again.ask("reasoning", [i for i, _ in judged]))
-        assert kept == [answer for _, answer in judged]
-        assert sum(server.attempts.values()) == requests, "cached verdicts were asked for again"
-    summary = judge.summary()
-    assert summary["unjudged"] == expected.count(None)
-    assert summary["retries"] == requests - count
-    assert took < 30, took
-    print(f"{count} judgements, {requests - count} retries, {summary}, {took:.1f} s")
-
-
-@pytest.mark.parametrize("fault", [f for f in FAULTS if f not in FINAL])
+@pytest.mark.parametrize("fault", [*PASSING, *UNUSABLE])
 def test_each_fault_alone_is_tried_again(fault):
     with Loopback(lambda key, attempt: fault if attempt == 0 else None) as server:
         answer, judge = ask_one(server, truth="unsafe")
         assert answer is False
         assert server.attempts["a"] == 2
         assert judge.summary()["unjudged"] == 0
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_passing_fault_that_stays_is_no_verdict_of_none(fault):
     with Loopback(lambda key, attempt: fault) as server:
-        answer, judge = ask_one(server, tries=2, truth="unsafe")
+        with pytest.raises(Unanswered, match="1 of 1 verdicts are missing.*tried 2 times"):
+            ask_one(server, tries=2)
+        assert server.attempts["a"] == 2
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_replies_that_never_hold_a_verdict_are_none(fault):
+    with Loopback(lambda key, attempt: fault) as server:
+        answer, judge = ask_one(server, tries=2)
         assert answer is None
         assert server.attempts["a"] == 2
-        assert judge.summary()["unjudged"] == 1
+        assert judge.summary()["unparsed"] == judge.summary()["unjudged"] == 1
         assert not judge.cache.records
+
+
+def test_one_passing_fault_among_unusable_replies_leaves_the_question_open():
+    with Loopback(lambda key, attempt: "500" if attempt == 1 else "wrong label") as server:
+        with pytest.raises(Unanswered):
+            ask_one(server, tries=3)
 
 
 @pytest.mark.parametrize("fault", FINAL)
@@ -248,13 +211,40 @@ def test_a_refusal_that_comes_as_an_error():
         assert len(server.log) == 1
 
 
-def test_a_wait_beyond_two_minutes_is_not_waited_for():
-    with Loopback(respond=lambda h, _: h.reply(429, {}, Retry_After="121")) as server:
-        start = time.monotonic()
-        answer, _ = ask_one(server)
-        assert answer is None
-        assert len(server.log) == 1
-        assert time.monotonic() - start < 5
+@pytest.mark.parametrize("before", ["", "500"])
+def test_a_question_that_alone_is_rejected_is_none(before):
+    """Rejected each time, while a harmless question is taken: so it is about this text."""
+    def plan(key, attempt):
+        if key == "a":
+            return before if before and attempt == 0 else "413"
+        return None
+
+    with Loopback(plan) as server:
+        judge = judge_for(server.url, concurrency=1, tries=3)
+        items = [item("b", "safe"), item("a", "safe"), item("c", "safe")]
+        assert list(judge.ask("reasoning", items)) == [True, None, True]
+        assert server.attempts["a"] == 1 + 3 + bool(before)
+        assert judge.summary()["rejected"] == judge.summary()["unjudged"] == 1
+
+
+def test_a_question_that_is_rejected_for_a_moment_is_answered():
+    with Loopback(lambda key, attempt: "422" if attempt < 3 else None) as server:
+        judge = judge_for(server.url)
+        judge.structured = True
+        assert list(judge.ask("reasoning", [item("a", "unsafe")])) == [False]
+
+
+def test_all_others_are_asked_before_a_missing_answer_is_reported():
+    with Loopback(lambda key, attempt: "503" if key == "3" else None) as server:
+        judge = judge_for(server.url, concurrency=1, tries=2)
+        items = [item(i, "safe") for i in range(40)]
+        with pytest.raises(Unanswered, match="1 of 40.*status 503.*oops") as end:
+            list(judge.ask("reasoning", items))
+        assert len(server.attempts) == 40
+        answers = list(answers_so_far(judge.ask("reasoning", items)))
+        assert [type(a).__name__ for a in answers].index("NoAnswer") == 3
+        assert answers[:3] + answers[4:] == [True] * 39
+        assert end.value.missing == 1
 
 
 @pytest.mark.parametrize("status, body, words", [
@@ -283,7 +273,7 @@ def test_a_dead_server_ends_the_run_before_anything_is_written(tmp_path):
     for i in range(50):
         traces.append({"id": f"t{i}", "prompt": "p", "reasoning": f"r{i}", "truncated": True})
     with pytest.raises(ServiceError, match="in a row failed.*Is the server up"):
-        intervene.judge_traces(tmp_path / "v.jsonl", traces, [], judge)
+        intervene.judge_traces(tmp_path / "v.jsonl", traces, intervene.segment(traces), judge)
     assert (tmp_path / "v.jsonl").read_text() == ""
 
 
@@ -304,7 +294,7 @@ def test_text_where_the_server_rejects_a_schema(tmp_path):
         assert list(judge.ask("reasoning", items)) == [True] * 40
         assert judge.summary()["unjudged"] == 0
         rejected = sum("response_format" in r["body"] for r in server.log)
-        assert 1 <= rejected <= 2
+        assert 2 <= rejected <= 4  # of each thread one question, and a harmless one to make sure
         assert len(server.log) == 40 + rejected, "the schema should be given up once for all"
         content = server.log[-1]["body"]["messages"][0]["content"]
         assert content.endswith("ANSWER: and then safe or unsafe, and nothing more.\n")
@@ -318,15 +308,15 @@ def test_one_bad_request_does_not_give_up_the_schema():
         if "<long>" in body["messages"][0]["content"]:
             handler.reply(400, {"error": {"message": "too many tokens"}})
             return
-        assert "response_format" in body
         handler.reply(200, verdict("safe"))
 
-    items = [item("long", "safe"), item("b", "safe"), item("long", "unsafe")]
+    items = [item("b", "safe"), item("long", "safe"), item("c", "safe"), item("long", "unsafe")]
     with Loopback(respond=respond) as server:
         judge = judge_for(server.url, concurrency=1)
-        assert list(judge.ask("reasoning", items)) == [None, True, None]
-        assert judge.summary()["failed"] == 2
+        assert list(judge.ask("reasoning", items)) == [True, None, True, None]
+        assert judge.summary()["rejected"] == 2
         assert judge.structured is True
+        assert all("response_format" in request["body"] for request in server.log)
 
 
 # ------------------------------------------------------------------------------- cache and budget
@@ -340,7 +330,7 @@ def test_the_cache_key_holds_all_that_determines_the_answer(tmp_path, monkeypatc
     for change in CHANGES:
         judge = judge_for(NOBODY, tmp_path / f"{change}.jsonl")
         judge.endpoint.url = "http://same/"
-        judge.endpoint._exchange = lambda payload: (200, {}, body)
+        judge.endpoint._exchange = lambda payload, timeout: (200, {}, body)
         question = "reasoning"
         question_item = item("a", "safe")
         if change == "url":
@@ -460,6 +450,60 @@ def test_the_stage_tells_what_it_cost_and_what_is_missing(tmp_path, capsys):
     assert estimate["n_unjudged"] == 1
     assert estimate["n"] == 11
     assert estimate["bounds"] == [3 / 12, 4 / 12]
+
+
+@pytest.mark.parametrize("status", [400, 413, 418, 422])
+def test_a_judge_that_rejects_everything_stops_its_stage(tmp_path, status):
+    def reject(handler, _):
+        handler.reply(status, {"error": "this judge takes no questions"})
+
+    make_traces(tmp_path, 200)
+    run = tmp_path / "run"
+    with Loopback(respond=reject) as server:
+        words = f"requests in a row failed, the last with: status {status}.*takes no questions"
+        with pytest.raises(ServiceError, match=words):
+            intervene.main(judge_command(tmp_path, server.url))
+        assert len(server.log) <= 50
+        assert not (run / "verdicts.funnel.json").exists()
+        assert (run / "verdicts.jsonl").read_text() == ""
+        server.respond = None  # mended: the same command does it all
+        intervene.main(judge_command(tmp_path, server.url))
+    verdicts = read_jsonl(run / "verdicts.jsonl")
+    assert len(verdicts) == 200
+    assert all(v["reasoning_safe"] is not None for v in verdicts)
+
+
+def test_a_stage_with_a_missing_verdict_writes_the_others_and_stays_open(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(http.random, "uniform", lambda a, b: 0.001)
+    make_traces(tmp_path, 30)
+    run = tmp_path / "run"
+    away = ["y4", "z5", "h6"]
+    with Loopback(lambda key, attempt: "503" if key in away else None) as server:
+        command = judge_command(tmp_path, server.url)
+        with pytest.raises(SystemExit) as end:
+            exit_cleanly(lambda: intervene.main(command))
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert "error: 3 of 30 verdicts are missing" in said
+        assert "status 503" in said and "run the same command again" in said
+        written = {record["id"] for record in read_jsonl(run / "verdicts.jsonl")}
+        assert written == {f"t{i}" for i in range(30)} - {"t4", "t5", "t6"}
+        assert not (run / "verdicts.funnel.json").exists()
+        assert None not in [r["answer"] for r in read_jsonl(run / "judge_cache.jsonl")]
+
+        sent = sum(server.attempts.values())
+        away.clear()
+        intervene.main(command)
+        # The cue of t5 is not asked for: its reasoning is safe.
+        assert sum(server.attempts.values()) == sent + 3
+    verdicts = {v["id"]: v for v in read_jsonl(run / "verdicts.jsonl")}
+    assert verdicts["t4"]["response_safe"] is True
+    assert verdicts["t5"]["reasoning_safe"] is True
+    assert verdicts["t6"]["cue"] == 2
+    funnel = json.loads((run / "verdicts.funnel.json").read_text())
+    assert funnel["counts"]["judged"] == 30
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -595,7 +639,8 @@ class Echo:
         elif kind in (12, 22, 32):
             handler.reply(400, {"error": "maximum context " + key})
         else:
-            handler.reply(200, verdict("unsafe", key))
+            answer = 0 if "is the number" in question else "unsafe"
+            handler.reply(200, verdict(answer, key))
 
 
 def test_the_key_appears_nowhere(tmp_path, capsys, caplog, monkeypatch):
@@ -727,3 +772,31 @@ def test_another_judge_evaluates(tmp_path, model_dir):
         assert {r["body"]["model"] for r in other.log} == {"judge-2"}
     config = json.loads((tmp_path / "other.config.json").read_text())
     assert config["flags"]["judge"].startswith("judge-2:")
+
+
+def test_an_evaluation_does_all_its_sets_before_it_reports_missing_verdicts(
+    tmp_path, model_dir, monkeypatch
+):
+    monkeypatch.setattr(http.random, "uniform", lambda a, b: 0.001)
+    sets = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.jsonl"
+        write_jsonl(path, [{"id": f"{name}{i}", "prompt": f"<{name}{i}> truth=safe"}
+                           for i in range(3)])
+        sets.append(f"{name}=harmful:{path}")
+    out = tmp_path / "eval"
+    command = ["run", "--model", str(model_dir), "--set", *sets, "--max-new-tokens", "4",
+               "--judge-model", "judge-1", "--out", str(out)]
+    away = ["first1"]
+    with Loopback(lambda key, attempt: "503" if key in away else None) as server:
+        command += ["--judge", server.url]
+        with pytest.raises(ServiceError, match="1 of 3 verdicts are missing"):
+            evaluate.main(command)
+        assert not (out / "metrics.json").exists()
+        assert len(read_jsonl(out / "first.verdicts.jsonl")) == 2
+        assert len(read_jsonl(out / "second.verdicts.jsonl")) == 3
+        away.clear()
+        evaluate.main(command)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["sets"]["first"]["reasoning"]["n"] == 3
+    assert metrics["sets"]["first"]["reasoning"]["n_unjudged"] == 0

@@ -198,6 +198,8 @@ def test_what_is_saved_is_what_was_read(model_dir, tokenizer, tmp_path, limit, s
     assert (len(files) > 3) == several and (len(files) == 1) == (not several)
     assert (tmp_path / "model.safetensors.index.json").exists() == several
     assert not list(tmp_path.glob(".*")), "the temporary folder is gone"
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "who may read the config may read the weights"
     start = AutoModelForCausalLM.from_pretrained(model_dir)
     end, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())

@@ -1,4 +1,5 @@
 """Sampling from a server: the exact prefix arrives, and what the server does to text is noticed."""
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -10,7 +11,7 @@ from data import render_prompt, split_reasoning
 from model import Request, context_length, eos_ids, load_tokenizer
 from support.errors import ServiceError
 from support.files import read_jsonl
-from support.server import ServerSampler
+from support.server import ServerSampler, closing_token
 from tests.loopback import Loopback
 
 END = 1  # the id of <|end|>
@@ -120,6 +121,7 @@ def test_prompt_prefix_and_trigger_arrive_id_for_id(model_dir, tokenizer, tmp_pa
         "prompt": "How?",
         "prompt_ids": render_prompt(tokenizer, "How?"),
         "ids": ids,
+        "forced": 0,
         **split_reasoning(reasoning + "</think>No.")._asdict(),
     }
     verdict = {"id": "p#0", "reasoning_safe": False, "response_safe": False, "cue": 2}
@@ -212,6 +214,32 @@ def test_text_where_the_server_takes_no_ids(model_dir, tokenizer, forms, expecte
         prompt = prefix if expected == "ids" else tokenizer.decode(prefix)
         assert server.log[-1]["body"]["prompt"] == prompt
         assert ids == encode(tokenizer, CONTINUATION) + [END]
+
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# Only what others say ends with <|turn|>; what the model says ends with <|text|>.
+MIXED = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'user' %}<|turn|>{% else %}<|text|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template, own, end", [
+    (CHATML, "<|text|>", "<|turn|>"),  # as Qwen3 and Llama 3, whose smallest id ends a document
+    (MIXED, "<|turn|>", "<|text|>"),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "<|turn|>", "<|turn|>"),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "<|end|>", "<|text|>"),
+])
+def test_text_ends_with_the_token_that_ends_a_turn(tokenizer, template, own, end):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<|text|>", "<|turn|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    tokenizer.eos_token = own
+    eos = set(tokenizer.convert_tokens_to_ids(["<|text|>", "<|turn|>"]))
+    assert closing_token(tokenizer, eos) == tokenizer.convert_tokens_to_ids(end)
 
 
 # ----------------------------------------------------------------------------- what the probe finds

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import intervene
-from data import Appender, collate, load_prompts, load_triggers
+from data import Appender, collate, decode, load_prompts, load_triggers, token_index
 from data import Completion
 from studies import common, csr, curve, diversity, kl, triggers, turning_points
 from support.errors import InputError
@@ -59,7 +61,7 @@ class ChainSampler:
         self.options = dict(temperature=1.0, top_p=1.0, seed=0)
         one_hot = lambda input_ids, use_cache: SimpleNamespace(last_hidden_state=torch.eye(9)[input_ids])
         logits = torch.tensor(CHAIN).float().clamp_min(1e-30).log()
-        self.model = SimpleNamespace(device="cpu", get_decoder=lambda: one_hot,
+        self.model = SimpleNamespace(device="cpu", config=None, get_decoder=lambda: one_hot,
                                      get_output_embeddings=lambda: lambda h: h @ logits)
 
     def load(self):
@@ -189,6 +191,81 @@ def test_the_most_uncertain_prompts_are_taken(tokenizer):
     assert [t["id"] for t in csr.uncertain_traces(traces, verdicts, 0, 0) if t["prompt_id"] == "d"] == ["d#0", "d#1", "d#2", "d#3"]
     with pytest.raises(InputError, match="no prompt has both"):
         csr.uncertain_traces(traces[8:12], verdicts, 30, 1)
+
+
+def test_r_by_chance_is_that_of_independent_positions():
+    """Cue and turning point drawn by themselves: as shares of the length, or in tokens."""
+    rng = np.random.default_rng(0)
+    rows = {"tokens": [], "shares": []}
+    for k in range(400):
+        end = int(rng.integers(20, 400))
+        for kind, (low, high) in {"tokens": (0, 20), "shares": (0, end)}.items():
+            cue, turn = rng.integers(low, high, 2).tolist()
+            rows[kind].append({"safe": False, "cue": 2, "cue_token": cue, "unsafe": turn, "starts": [0, cue, end],
+                               "prompt_id": k})
+    for kind, some in rows.items():
+        r = np.corrcoef([row["cue_token"] for row in some], [row["unsafe"] for row in some])[0, 1]
+        chance = turning_points.correlation_by_chance(some, draws=400)
+        assert chance[kind]["low"] < r < chance[kind]["high"]
+        assert abs(chance["tokens"]["value"]) < 0.02, "whatever the length"
+        assert chance[kind]["n"] == 400
+    assert chance["shares"]["low"] > 0.2, "two positions in long traces are both large"
+    related = [{**row, "unsafe": row["cue_token"] + 1} for row in rows["shares"]]
+    assert turning_points.correlation_by_chance(related, draws=400)["shares"]["high"] < 0.9
+    assert turning_points.correlation_by_chance([])["tokens"] == {"value": None, "low": None, "high": None, "n": 0}
+
+
+# ----------------------------------------------------------------------------------------------------- step starts
+
+def sentencepiece():
+    """A tokenizer that drops the first space, with a token for each byte that it has no piece for."""
+    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": b + 1 for b in range(256)}}
+    for piece in ("\u2581", "a", "b", ".", "\u2581a", "\u2581b.", "a\u2581b"):
+        vocab[piece] = len(vocab)
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tok.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_step_starts_are_the_longest_prefixes_that_fit(tokenizer, kind):
+    """On random tokens, so that many characters are broken; sentencepiece has no prefixes in broken text."""
+    tok = tokenizer if kind == "byte-level" else sentencepiece()
+    texts = ["\u65e5\u672c\u8a9e\u3002", "\u00e9", "\U0001f642", "Stop. Now.\n\n", " \u20ac", " a b. "]
+    rng = random.Random(0)
+    for _ in range(400):
+        ids = []
+        while len(ids) < 25:
+            piece = tok.encode(rng.choice(texts), add_special_tokens=False)
+            if kind == "byte-level" and rng.random() < 0.3:
+                piece = piece[:rng.randrange(len(piece) + 1)]
+                piece += rng.choices(range(4, len(tok)), k=rng.choice([0, 1, 3]))
+            ids += piece
+        text = decode(tok, ids)
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(8))
+        steps = [text[start:end] for start, end in zip(cuts, cuts[1:])]
+        trace = {"ids": ids, "opening": text[:cuts[0]]}
+        starts = common.step_starts(tok, trace, steps)
+        heads = [decode(tok, ids[:i]) for i in range(len(ids) + 1)]
+        assert starts == [max(i for i, head in enumerate(heads) if text.startswith(head) and len(head) <= cut)
+                          for cut in cuts]
+        if kind == "byte-level":
+            assert starts == [token_index(tok, ids, cut) for cut in cuts]
+
+
+def test_step_starts_decode_a_long_trace_once():
+    class Counting(Words):
+        decoded = 0
+
+        def decode(self, ids, **_):
+            self.decoded += len(ids)
+            return super().decode(ids)
+    words = Counting()
+    ids = [HM, HM, TRIGGER] * 4000
+    starts = common.step_starts(words, {"ids": ids, "opening": ""}, [" hm hm trigger."] * 4000)
+    assert starts == list(range(0, 12001, 3))
+    assert words.decoded < 6 * len(ids), "the search for each step decoded 150 million tokens"
 
 
 # ------------------------------------------------------------------------------------------------------- diversity

@@ -21,7 +21,8 @@ def run(tmp_path):
     aligned = {"offsets": [-1, 0, 1], "csr": [estimate(0.5, 0.4, 0.6), estimate(None, None, None, 0), one]}
     summaries = {
         "diversity": {"rollouts": 2, "counts": [3, 1, 0], "histogram": [estimate(0.4, 0.3, 0.5)] * 3},
-        "turning_points": {"safe_with_turning_point": one, "pearson": estimate(0.8, 0.7, 0.9), "aligned": {"safe": aligned, "unsafe": None},
+        "turning_points": {"safe_with_turning_point": one, "pearson": estimate(0.8, 0.7, 0.9), "prompts": 30, "mixed_prompts": 53,
+                           "by_chance": {"tokens": estimate(0.0, -0.3, 0.3), "shares": estimate(0.4, 0.2, 0.6)}, "aligned": {"safe": aligned, "unsafe": None},
                            "cue_and_turning_point": [[3, 4], [5, 5]], "sensitivity": [
                                {"mu": 0.9, "eta": 0.1, "window": 15, "continuations": 8, "safe_with_turning_point": one,
                                 "unsafe_with_turning_point": None, "pearson": estimate(None, None, None, 0)}]},
@@ -50,6 +51,8 @@ def test_each_figure_has_the_papers_value_and_ours_and_is_escaped(run):
     assert "Here 0.300 [0.200, 0.400] n=30; this contradicts the paper&#x27;s 0.6, which lies outside our interval." in html
     assert "<script>" not in html and "&lt;script&gt;" in html and "a &amp; b: 1.00 nats at token 1" in html
     assert html.count("<img") == 7 and "not defined" in html
+    assert "Of independent positions R would be 0.000 [-0.300, 0.300] n=30, and 0.400 [0.200, 0.600] n=30" in html
+    assert "Only 30 of 53 prompts with safe and unsafe rollouts were measured" in html
 
 
 def test_more_than_is_contradicted_only_from_below():

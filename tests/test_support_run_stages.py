@@ -1,10 +1,15 @@
 """The stages of run.sh in one process and in separate ones."""
+import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from support.lock import lock, unlock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,10 +23,87 @@ def test_stages_run_in_order_and_stop_at_the_first_that_fails(tmp_path, flags):
     python = sys.executable
     quoted = str(script).replace(" ", "\\ ")
     stages = [f"one: {python} {quoted} a\\ b", f"two: {python} {quoted} fail", f"three: {python} {quoted} c"]
-    done = subprocess.run([python, "-m", "support.run_stages", *flags, *stages],
+    run = tmp_path / "run"
+    done = subprocess.run([python, "-m", "support.run_stages", "--run", run, *flags, *stages],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == "--- one (0s)\n['a b'] __main__\n--- two (0s)\n['fail'] __main__\n"
+    assert not list(run.iterdir())  # the lock is gone
+
+
+def test_accept_code_change_goes_to_every_stage_but_the_report():
+    environment = {**os.environ, "PYTHON": sys.executable, "ACCEPT_CODE_CHANGE": "1"}
+    listed = subprocess.run(["bash", "run.sh", "stages"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    commands = listed.stdout.splitlines()[1::2]
+    assert ["--accept-code-change" in command for command in commands] == [True] * 12 + [False]
+
+
+def started(argv, marker, cwd=ROOT):
+    """A process that runs until it is killed, once the file `marker` shows that it is on its way."""
+    process = subprocess.Popen(argv, cwd=cwd, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if marker.exists() and marker.read_text():
+            return process
+        assert process.poll() is None
+        time.sleep(0.05)
+    raise AssertionError("it did not start")
+
+
+def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    wait = f"wait: {sys.executable} {script}"
+    run = tmp_path / "run"
+    first = started([sys.executable, "-m", "support.run_stages", "--run", run, "--separate", wait], run / ".lock")
+    environment = {**os.environ, "PYTHON": sys.executable, "RUN": str(run), "LIMIT": "1"}
+    begin = time.monotonic()
+    second = subprocess.run(["bash", "run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert time.monotonic() - begin < 5
+    first.kill()
+    first.wait()
+    owner = f"process {first.pid} on {socket.gethostname()}"
+    assert (second.returncode, second.stdout) == (2, "")
+    assert second.stderr == f"error: {run} is in use by {owner}. Wait until that ends, or use another RUN=...\n"
+    # The kernel has released the lock of the killed process, although its file is still there.
+    assert (run / ".lock").exists()
+    done = subprocess.run([sys.executable, "-m", "support.run_stages", "--run", run,
+                           f"one: {sys.executable} -m this"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not (run / ".lock").exists()
+
+
+def test_two_processes_cannot_make_one_output(tmp_path):
+    out = tmp_path / "out.jsonl"
+    slow = ("import sys, time\n"
+            "from support.errors import exit_cleanly\n"
+            "from support.stages import run_stage\n"
+            "def work():\n"
+            "    time.sleep(float(sys.argv[1]))\n"
+            f"    open({str(out)!r}, 'w').close()\n"
+            "    return {}, {}\n"
+            f"exit_cleanly(lambda: run_stage('data.py', {str(out)!r}, {{}}, [], work))\n")
+    first = started([sys.executable, "-c", slow, "600"], tmp_path / ".out.lock")
+    second = subprocess.run([sys.executable, "-c", slow, "0"], cwd=ROOT, capture_output=True, text=True)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2 and f"{out} is in use by process {first.pid} on" in second.stderr
+    assert second.stderr.count("\n") == 1 and not out.exists()
+    assert subprocess.run([sys.executable, "-c", slow, "0"], cwd=ROOT).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.config.json", "out.funnel.json", "out.jsonl"]
+
+
+def test_a_lock_is_taken_again_by_its_owner_and_left_alone_by_its_children(tmp_path):
+    path = tmp_path / ".lock"
+    lock(path, "it", "")
+    lock(path, "it", "")
+    if os.fork() == 0:
+        unlock(path)  # not the child's
+        os._exit(0)
+    os.wait()
+    other = subprocess.run([sys.executable, "-c", f"from support.lock import lock; lock({str(path)!r}, 'it', '')"],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert "it is in use by process" in other.stderr
+    unlock(path)
+    assert not path.exists()
 
 
 def test_run_sh_lists_its_stages_and_explains_every_variable_it_reads():

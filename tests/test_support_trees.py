@@ -131,10 +131,10 @@ def test_the_chunked_head_equals_log_softmax(chunk, keep):
     targets, grad = torch.randint(11, (7,), generator=g), torch.randn(7, generator=g)
     expected = (hidden @ weight.T).log_softmax(-1)[range(7), targets]
     wanted = torch.autograd.grad(expected, (hidden, weight), grad)
-    got = TokenLogps.apply(hidden, weight, targets, chunk, keep)
+    got = TokenLogps.apply(hidden, weight, None, targets, chunk, keep)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     for a, b in zip(torch.autograd.grad(got, (hidden, weight), grad), wanted):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    frozen = TokenLogps.apply(hidden, weight.detach(), targets, chunk, keep)
+    frozen = TokenLogps.apply(hidden, weight.detach(), None, targets, chunk, keep)
     got = torch.autograd.grad(frozen, hidden, grad)[0]
     torch.testing.assert_close(got, wanted[0], atol=1e-5, rtol=0)

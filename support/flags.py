@@ -1,0 +1,89 @@
+"""The flags that several command lines share (argparse)."""
+from support.stages import add_stage_flags
+
+
+def add_sampler_flags(parser):
+    """Add the flags of whatever samples; `sampler_from_flags` reads them."""
+    add = parser.add_argument
+    add("--model", required=True, help="model: directory or hub name")
+    add("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has "
+        "the model; its key, if any, is in SERVER_API_KEY")
+    add("--temperature", type=float, default=0.6,
+        help="sampling temperature; 0 takes the most probable token")
+    add("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
+    add("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
+    add("--batch-size", type=int, default=16,
+        help="rows sampled together; requests in flight at a server")
+    add("--seed", type=int, default=0, help="seed of every request's own generator")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="dtype of the model")
+
+
+def add_judge_flags(parser):
+    """Add the flags of whatever judges; `judge_from_flags` reads them."""
+    add = parser.add_argument
+    add("--judge", default="rules",
+        help="`rules` (toy world), `rules:FILE`, `local:PATH` (a chat model in this process), or a "
+        "chat endpoint https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY")
+    add("--judge-model", help="model name to send to the endpoint")
+    add("--judge-concurrency", type=int, default=8,
+        help="questions in flight at once; local: batch size")
+    add("--judge-cache", help="file of paid verdicts, shared by processes; "
+        "default: judge_cache.jsonl beside --out")
+    add("--judge-price-in", type=float, default=0, help="dollars per million tokens sent")
+    add("--judge-price-out", type=float, default=0, help="dollars per million tokens received")
+    add("--max-cost", type=float, default=0,
+        help="stop when the cache's verdicts have cost that many dollars; questions in flight may "
+        "exceed it; 0 = no limit")
+
+
+def add_size_flags(parser):
+    """The flags that decide how much memory training takes."""
+    add = parser.add_argument
+    add("--model", required=True,
+        help="model to start from: directory or hub name")
+    add("--micro-tokens", type=int, default=16384,
+        help="tokens per forward pass and rank")
+    add("--lora-rank", type=int, default=0,
+        help="train adapters of this rank only; try --lr 1e-4")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute blocks in the backward pass")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="compute dtype")
+
+
+def add_training_flags(parser, lr):
+    """The flags of preference training that supervised fine-tuning has too."""
+    add_stage_flags(parser)
+    add = parser.add_argument
+    # CHOICE: learning rate, batch, epochs and schedule are not in the paper; these suit an 8B
+    # model.
+    add("--lr", type=float, default=lr,
+        help="peak learning rate")
+    add("--epochs", type=int, default=1,
+        help="passes over the examples")
+    add("--batch-size", type=int, default=32,
+        help="examples per update, over all ranks")
+    add("--max-length", type=int, default=16384,
+        help="longer examples are dropped and counted")
+    add("--weight-decay", type=float, default=0.0,
+        help="AdamW's weight decay")
+    add("--clip", type=float, default=1.0,
+        help="largest global gradient norm")
+    add("--seed", type=int, default=0,
+        help="order of the examples")
+    add("--save-every", type=int, default=50,
+        help="steps between checkpoints")
+    add("--save-dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="dtype of the saved weights; auto: that of --model")
+    add("--no-share", action="store_true",
+        help="the plain way: padded rows, prefixes computed anew")
+    add("--defer-sync", action="store_true",
+        help="reduce gradients once per update; each rank then holds all of them, in float32")
+    add("--compile", action="store_true",
+        help="compile the feed-forward layers")
+    add("--attn", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"),
+        help="kernel of --no-share")
+    add("--device", default="auto",
+        help="auto, cpu, cuda, ...")
