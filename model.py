@@ -167,7 +167,8 @@ def empty_model(path, attn="sdpa", lora_rank=0, frozen_dtype=torch.float32):
     with torch.device("meta"), refused_if_it_fails(path, f"--attn {attn}", PLAIN_WAY):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
     with contextlib.suppress(OSError):  # some models ship no generation config
-        model.generation_config = GenerationConfig.from_pretrained(model_folder(path))
+        settings = model_folder(path, weights=False)
+        model.generation_config = GenerationConfig.from_pretrained(settings)
     if lora_rank:
         add_adapters(model, lora_rank)
     return model
