@@ -51,7 +51,7 @@ def started(argv, marker, cwd=ROOT):
 
 def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_path):
     script = tmp_path / "wait.py"
-    script.write_text("import time\ntime.sleep(600)\n")
+    script.write_text("import time\ntime.sleep(20)\n")  # it outlives its killed parent, briefly
     wait = f"wait: {sys.executable} {script}"
     run = tmp_path / "run"
     first = started([sys.executable, "-m", "support.run_stages", "--run", run, "--separate", wait], run / ".lock")
