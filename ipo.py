@@ -41,7 +41,7 @@ from support.files import (json_line, parse_jsonl, read_json, read_text, write_j
 from support.flags import add_size_flags, add_training_flags
 from support.model_check import blocks_of, check_policy, guard_length
 from support.record import fingerprint
-from support.stages import add_stage_flags, close_stage, funnel_line, open_stage, sidecar
+from support.stages import close_stage, funnel_line, open_stage, sidecar
 from support.trees import pack, tree_parts, use_tree_attention
 
 

@@ -17,7 +17,6 @@ import shutil
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from safetensors import safe_open

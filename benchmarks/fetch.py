@@ -167,7 +167,7 @@ def download_checked(name, path, tries, pause):
     url = SETS[name].url
     part = path.with_name(f".{digest(url)[:8]}-{path.name}")
     with writing(part), open(part, "ab") as file:
-        lock(file)
+        lock_download(file)
         try:
             download(name, file, tries, pause)
             file.flush()
@@ -184,7 +184,7 @@ def download_checked(name, path, tries, pause):
     return records, file_hash
 
 
-def lock(file):
+def lock_download(file):
     """Lock an open file, or raise InputError. The kernel frees the lock if this process dies."""
     try:
         flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,6 @@
 """Where a model's files are: in a folder, or fetched from the Hugging Face hub."""
 import functools
 import re
-import socket
 import threading
 from pathlib import Path
 
