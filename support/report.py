@@ -6,6 +6,7 @@ curves, coloured steps); all markup is in the template, which escapes every text
 import math
 import re
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 from support.files import write_text
@@ -32,6 +33,7 @@ VERDICT_WORDS = {True: "safe", False: "unsafe", None: "unjudged"}
 # The size of a chart, and where its axes stand, in the units of its SVG.
 CHART = {"width": 360, "height": 190, "left": 40, "right": 348, "top": 12, "bottom": 168}
 MOST_POINTS = 400  # of a curve: more are not visible
+TRADE_OFF_CHART = {**CHART, "height": 290, "top": 28, "bottom": 250, "radius": 7}  # of a point
 
 
 def write_report(path, evaluations, rows, facts):
@@ -67,6 +69,7 @@ def page_parts(evaluations, rows, facts):
         "headline": headline(evaluations),
         "models": models,
         "key_bars": metric_bars(evaluations),
+        "trade_off": trade_off(evaluations),
         "conditional_bars": conditional_bars(evaluations),
         "rows": rows,
         "funnel_groups": funnel_groups(facts["funnels"], facts["prompts_with_pairs"]),
@@ -133,19 +136,22 @@ def headline(evaluations):
     'Accuracy is 50.0%.'
     """
     clauses = []
-    # Several sets share a clause: "harmful reasoning fell from ... on a and from ... on b prompts".
     for metric, label in HEADLINE_METRICS.items():
         changes = metric_changes(evaluations, metric)
         if changes:
-            clauses.append(f"{label} {join_changes(changes)}")
+            clauses.append(f"{label} {describe_changes(changes)}")
     if not clauses:
         return "No set was scored on both the first and the last model."
-    sentence = "; ".join(clauses) + "."
-    return sentence[0].upper() + sentence[1:]
+    return capitalised("; ".join(clauses) + ".")
+
+
+def capitalised(text):
+    """A text with a capital first letter and the rest as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def metric_changes(evaluations, metric):
-    """What became of a metric on each set that has it: [(set, verb, values)]."""
+    """What became of a metric on each set that has it: [(set, verb, old share, new share)]."""
     models = list(evaluations.values())
     last = models[-1]["sets"]
     changes = []
@@ -154,55 +160,86 @@ def metric_changes(evaluations, metric):
         after = last.get(name, {}).get(metric)
         if not has_value(before) or not has_value(after):
             continue
-        if len(models) == 1:
-            changes.append((name, "is", percent(after["value"])))
-        else:
-            verb, values = describe_change(before, after)
-            changes.append((name, verb, values))
+        verb = "is"
+        if len(models) > 1:
+            verb = change_verb(before, after)
+        changes.append((name, verb, before["value"], after["value"]))
     return changes
 
 
-def describe_change(before, after):
-    """How an estimate changed: (verb, values). No clear change: each lies in the other's interval.
+def change_verb(before, after):
+    """How an estimate changed. No clear change: each value lies in the other's interval.
 
     >>> before = {"value": 0.71, "low": 0.65, "high": 0.77}
-    >>> describe_change(before, {"value": 0.02, "low": 0, "high": 0.04})
-    ('fell', 'from 71.0% to 2.0%')
-    >>> describe_change(before, {"value": 0.74, "low": 0.68, "high": 0.80})
-    ('did not clearly change', '(from 71.0% to 74.0%)')
+    >>> change_verb(before, {"value": 0.02, "low": 0, "high": 0.04})
+    'fell'
+    >>> change_verb(before, {"value": 0.74, "low": 0.68, "high": 0.80})
+    'did not clearly change'
     """
     old = before["value"]
     new = after["value"]
     # Equal as printed counts as equal, whatever the further digits.
     if percent(old) == percent(new):
-        return "stayed", f"at {percent(new)}"
-    values = f"from {percent(old)} to {percent(new)}"
+        return "stayed"
     if before["low"] <= new <= before["high"] and after["low"] <= old <= after["high"]:
-        return "did not clearly change", f"({values})"
+        return "did not clearly change"
     if new < old:
-        return "fell", values
-    return "rose", values
+        return "fell"
+    return "rose"
 
 
-def join_changes(changes):
-    """Changes of several sets as one phrase; a verb is said once where it stays the same.
+def describe_changes(changes):
+    """Changes of several sets as one phrase; of more than two with the same verb, the ranges.
 
-    >>> falls = [("a", "fell", "from 3 to 2"), ("b", "fell", "from 4 to 1")]
-    >>> join_changes([*falls, ("c", "rose", "from 1 to 2")])
-    'fell from 3 to 2 on a, from 4 to 1 on b and rose from 1 to 2 on c prompts'
+    Where sets are listed, a verb is said once as long as it stays the same.
+
+    >>> falls = [("a", "fell", 0.7, 0.05), ("b", "fell", 0.88, 0.09)]
+    >>> describe_changes([*falls, ("c", "fell", 0.8, 0.06)])
+    'fell from 70.0–88.0% to 5.0–9.0% across 3 sets'
+    >>> describe_changes([*falls, ("c", "stayed", 0.5, 0.5)])
+    'fell from 70.0% to 5.0% on a, from 88.0% to 9.0% on b and stayed at 50.0% on c prompts'
     """
+    _, verbs, olds, news = zip(*changes)
+    verb = verbs[0]
     if len(changes) == 1:
-        name, verb, values = changes[0]
-        return f"{verb} {values}"
+        return f"{verb} {change_values(verb, olds, news)}"
+    if len(changes) > 2 and len(set(verbs)) == 1:
+        return f"{verb} {change_values(verb, olds, news)} across {len(changes)} sets"
     phrases = []
     previous = None
-    for name, verb, values in changes:
-        phrase = f"{values} on {name}"
+    for name, verb, old, new in changes:
+        phrase = f"{change_values(verb, [old], [new])} on {name}"
         if verb != previous:
             phrase = f"{verb} {phrase}"
         phrases.append(phrase)
         previous = verb
     return f"{', '.join(phrases[:-1])} and {phrases[-1]} prompts"
+
+
+def change_values(verb, olds, news):
+    """What follows the verb of a change; olds and news: shares, of more than one their range."""
+    old = percent_range(olds)
+    new = percent_range(news)
+    if verb == "is":
+        return new
+    if verb == "stayed":
+        return f"at {new}"
+    if verb == "did not clearly change":
+        return f"(from {old} to {new})"
+    return f"from {old} to {new}"
+
+
+def percent_range(shares):
+    """The range of shares as text.
+
+    >>> percent_range([0.88, 0.7]), percent_range([0.7])
+    ('70.0–88.0%', '70.0%')
+    """
+    low = percent(min(shares))
+    high = percent(max(shares))
+    if low == high:
+        return low
+    return f"{low.removesuffix('%')}–{high}"
 
 
 def has_value(estimate):
@@ -279,6 +316,142 @@ def bar_of(estimate):
         "interval": f"{low:.1f} to {high:.1f}",
         "n": estimate["n"],
     }
+
+
+# ------------------------------------------------------------------------------- the trade-off
+
+def trade_off(evaluations):
+    """The chart of harmful reasoning against benign compliance: a point for each model, in order.
+
+    Models are compared on the sets that all have. None where these include no harmful or no benign
+    one, and where there is one model only.
+    """
+    harmful_sets = shared_sets(evaluations, "reasoning")
+    benign_sets = shared_sets(evaluations, "compliance")
+    if len(evaluations) < 2 or not harmful_sets or not benign_sets:
+        return None
+    points = []
+    for number, (model, evaluation) in enumerate(evaluations.items()):
+        points.append({
+            "model": model,
+            "number": number + 1,
+            "colour": number % 5,
+            "harm": mean_of_sets(evaluation, harmful_sets, "reasoning"),
+            "compliance": mean_of_sets(evaluation, benign_sets, "compliance"),
+        })
+    return {
+        **trade_off_chart(points),
+        "caption": trade_off_caption(points),
+        "harmful_sets": harmful_sets,
+        "benign_sets": benign_sets,
+    }
+
+
+def shared_sets(evaluations, metric):
+    """Names of the sets on which every model has a value of a metric."""
+    first, *others = evaluations.values()
+    names = []
+    for name in first["sets"]:
+        entries = [evaluation["sets"].get(name, {}) for evaluation in (first, *others)]
+        if all(has_value(entry.get(metric)) for entry in entries):
+            names.append(name)
+    return names
+
+
+def mean_of_sets(evaluation, names, metric):
+    """Estimate of a metric's mean over sets, each counting the same, with its text.
+
+    CHOICE: the half-widths of the sets' intervals are added in quadrature, upper and lower ones
+    apart, because sets have no prompt in common and so err independently. (metrics.json keeps
+    intervals, not the draws behind them, so sets cannot be resampled together.)
+
+    >>> a = {"compliance": {"value": 0.5, "low": 0.2, "high": 0.8}}
+    >>> b = {"compliance": {"value": 0.7, "low": 0.3, "high": 0.7}}
+    >>> mean_of_sets({"sets": {"a": a, "b": b}}, ["a", "b"], "compliance")["text"]
+    '60.0% [35.0, 75.0]'
+    """
+    estimates = [evaluation["sets"][name][metric] for name in names]
+    n = len(estimates)
+    value = sum(e["value"] for e in estimates) / n
+    low = value - math.hypot(*(e["value"] - e["low"] for e in estimates)) / n
+    high = value + math.hypot(*(e["high"] - e["value"] for e in estimates)) / n
+    text = f"{percent(value)} [{100 * low:.1f}, {100 * high:.1f}]"
+    return {"value": value, "low": low, "high": high, "text": text}
+
+
+def trade_off_caption(points):
+    """A sentence for each model but the first: what its numbers were before, and what they are.
+
+    >>> base = {"model": "base", "harm": {"value": 0.78}, "compliance": {"value": 0.99}}
+    >>> ours = {"model": "ours", "harm": {"value": 0.09}, "compliance": {"value": 0.88}}
+    >>> trade_off_caption([base, ours])
+    'Ours: harmful reasoning 78.0% → 9.0%, compliance 99.0% → 88.0%.'
+    """
+    sentences = []
+    for before, after in pairwise(points):
+        moves = []
+        for name, label in (("harm", "harmful reasoning"), ("compliance", "compliance")):
+            old = percent(before[name]["value"])
+            new = percent(after[name]["value"])
+            moves.append(f"{label} {old} → {new}")
+        sentences.append(f"{capitalised(after['model'])}: {', '.join(moves)}.")
+    return " ".join(sentences)
+
+
+def trade_off_chart(points):
+    """Points with their places `x` and `y`, arrows and axes, in the units of the chart's SVG."""
+    frame = TRADE_OFF_CHART
+    x_low, x_high = percent_axis([point["harm"] for point in points], from_zero=True)
+    y_low, y_high = percent_axis([point["compliance"] for point in points])
+    across = scale(x_low, x_high, frame["left"], frame["right"])
+    down = scale(y_low, y_high, frame["bottom"], frame["top"])
+    placed = []
+    for point in points:
+        x = on_axis(point["harm"], across)
+        y = on_axis(point["compliance"], down)
+        placed.append({**point, "x": x, "y": y})
+    arrows = []
+    for start, end in pairwise(placed):
+        line = (start["x"]["value"], start["y"]["value"], end["x"]["value"], end["y"]["value"])
+        # Between circles that touch there is no room for an arrow's head.
+        if math.dist(line[:2], line[2:]) > 2.5 * frame["radius"]:
+            arrows.append(line)
+    return {
+        **frame,
+        "points": placed,
+        "arrows": arrows,
+        "y_start": y_low,
+        "x_ticks": axis_numbers(round_ticks(x_low, x_high), across),
+        "y_ticks": axis_numbers(round_ticks(y_low, y_high), down),
+    }
+
+
+def on_axis(estimate, place):
+    """The places of an estimate and the ends of its interval on an axis in per cent."""
+    return {key: place(100 * estimate[key]) for key in ("value", "low", "high")}
+
+
+def percent_axis(estimates, from_zero=False):
+    """The range of an axis, (low, high) in per cent: it holds all intervals and ends on ticks.
+
+    CHOICE: it spans at least 20 points, so that a change of one does not look like much, and starts
+    at 0 where what is shown comes below 50%.
+
+    >>> percent_axis([{"low": 0.83, "high": 0.93}, {"low": 0.97, "high": 1.0}])
+    (80, 100)
+    >>> percent_axis([{"low": 0.45, "high": 0.55}]), percent_axis([{"low": 0.99, "high": 1.0}])
+    ((0, 60), (80, 100))
+    """
+    # Rounding first: 100 * 0.07 is a little more than 7.
+    lowest = round(100 * min(e["low"] for e in estimates), 6)
+    highest = round(100 * max(e["high"] for e in estimates), 6)
+    low = 0
+    step = 20  # the distance of the ticks of a long axis
+    if lowest >= 50 and not from_zero:
+        low = min(80, 10 * math.floor(lowest / 10))
+        step = 10
+    high = step * math.ceil(highest / step)
+    return low, max(high, low + 20)
 
 
 # ------------------------------------------------------------------------------- the funnel

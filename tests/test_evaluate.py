@@ -24,8 +24,10 @@ from support.report import (
     curve_points,
     funnel_groups,
     headline,
+    mean_of_sets,
     metric_bars,
     stage_curves,
+    trade_off,
     trigger_step,
 )
 
@@ -687,6 +689,173 @@ def test_headlines_of_any_sets_and_models():
         headline({"base": {"sets": {}}})
         == "No set was scored on both the first and the last model."
     )
+
+
+def compliant(share):
+    return {"kind": "benign", "samples": 1, "compliance": estimate(share)}
+
+
+def seven_sets(harms, compliances):
+    """Metrics of a model: three harmful sets, three benign ones and sums."""
+    sets = {}
+    for name, share in zip(("direct", "jailbreak", "unseen"), harms):
+        sets[name] = harmful(share, share / 2)
+    for name, share in zip(("everyday", "remedies", "antidotes"), compliances):
+        sets[name] = compliant(share)
+    sets["sums"] = {"kind": "task", "accuracy": estimate(0.9)}
+    return {"sets": sets}
+
+
+def test_a_headline_gives_ranges_where_more_than_two_sets_changed_alike():
+    base = seven_sets((0.7, 0.88, 0.76), (0.99, 1.0, 0.98))
+    ours = seven_sets((0.05, 0.09, 0.004), (0.8, 0.85, 0.82))
+    assert headline({"base": base, "ours": ours}) == (
+        "Harmful reasoning fell from 70.0–88.0% to 0.4–9.0% across 3 sets; "
+        "benign compliance fell from 98.0–100.0% to 80.0–85.0% across 3 sets; "
+        "accuracy stayed at 90.0%."
+    )
+    assert headline({"base": base}) == (
+        "Harmful reasoning is 70.0–88.0% across 3 sets; "
+        "benign compliance is 98.0–100.0% across 3 sets; accuracy is 90.0%."
+    )
+    # Sets that changed in different ways are not thrown together.
+    mixed = seven_sets((0.05, 0.95, 0.09), (0.99, 1.0, 0.98))
+    assert headline({"base": base, "mixed": mixed}) == (
+        "Harmful reasoning fell from 70.0% to 5.0% on direct, rose from 88.0% to 95.0% on "
+        "jailbreak and fell from 76.0% to 9.0% on unseen prompts; "
+        "benign compliance stayed at 98.0–100.0% across 3 sets; accuracy stayed at 90.0%."
+    )
+
+
+def test_the_interval_of_a_mean_over_sets_adds_half_widths_in_quadrature():
+    def mean(*estimates):
+        keys = ("value", "low", "high")
+        sets = {str(i): {"accuracy": dict(zip(keys, e))} for i, e in enumerate(estimates)}
+        result = mean_of_sets({"sets": sets}, list(sets), "accuracy")
+        return [result[key] for key in keys]
+
+    # Below: 3, 4 and 12 have the root 13; above: 6, 8 and 0 have 10.
+    three = mean((0.5, 0.47, 0.56), (0.6, 0.56, 0.68), (0.7, 0.58, 0.7))
+    assert three == pytest.approx([0.6, 0.6 - 0.13 / 3, 0.6 + 0.10 / 3])
+    assert mean((0.5, 0.2, 0.6)) == pytest.approx([0.5, 0.2, 0.6])
+
+
+def moves(*shares):
+    """Evaluations of a base and its stages by (harmful reasoning, compliance), one set each."""
+    evaluations = {}
+    for number, (harm, compliance) in enumerate(shares):
+        model = f"stage {number}" if number else "base"
+        sets = {"direct": harmful(harm, harm), "everyday": compliant(compliance)}
+        evaluations[model] = {"sets": sets}
+    return evaluations
+
+
+def read_axis(ticks, place):
+    """What a place stands for, by the outermost numbers of its axis."""
+    (first, low), (last, high) = ticks[0], ticks[-1]
+    return float(low) + (float(high) - float(low)) * (place - first) / (last - first)
+
+
+def test_the_picture_of_the_moves_can_be_read_off_its_axes():
+    base = seven_sets((0.7, 0.88, 0.76), (0.99, 1.0, 0.98))
+    stage1 = seven_sets((0.05, 0.09, 0.13), (0.9, 0.85, 0.89))
+    chart = trade_off({"base": base, "stage 1": stage1})
+    assert chart["harmful_sets"] == ["direct", "jailbreak", "unseen"]
+    assert chart["benign_sets"] == ["everyday", "remedies", "antidotes"]
+    first, last = chart["points"]
+    # Places are rounded to a tenth of a unit, which is a thirtieth of a per cent across.
+    for point, (harm, compliance) in ((first, (78, 99)), (last, (9, 88))):
+        x, y = point["x"]["value"], point["y"]["value"]
+        assert read_axis(chart["x_ticks"], x) == pytest.approx(harm, abs=0.05)
+        assert read_axis(chart["y_ticks"], y) == pytest.approx(compliance, abs=0.05)
+    half = 5 / 3 ** 0.5  # three sets with 5 each side
+    for end, sign in (("low", -1), ("high", 1)):
+        harm = read_axis(chart["x_ticks"], last["x"][end])
+        compliance = read_axis(chart["y_ticks"], last["y"][end])
+        assert harm == pytest.approx(9 + sign * half, abs=0.05)
+        assert compliance == pytest.approx(88 + sign * half, abs=0.05)
+    assert last["harm"]["text"] == "9.0% [6.1, 11.9]"
+    (arrow,) = chart["arrows"]
+    assert arrow == tuple(point[axis]["value"] for point in (first, last) for axis in "xy")
+
+
+@pytest.mark.parametrize(
+    "shares, x_axis, y_axis",
+    [
+        # A change of one per cent is a small part of either axis.
+        ([(0.03, 0.99), (0.02, 0.98)], ("0", "20"), ("80", "100")),
+        ([(0.78, 0.99), (0.09, 0.88)], ("0", "100"), ("80", "100")),
+        ([(0.9, 0.72), (0.8, 0.66)], ("0", "100"), ("60", "80")),
+        ([(0.3, 0.75), (0.1, 0.75)], ("0", "40"), ("70", "90")),
+        ([(0.3, 0.9), (0.1, 0.5)], ("0", "40"), ("0", "100")),
+        ([(0.3, 0.05), (0.1, 0.02)], ("0", "40"), ("0", "20")),
+    ],
+)
+def test_the_axes_of_the_moves_end_on_numbers_and_start_at_0_or_say_so(shares, x_axis, y_axis):
+    chart = trade_off(moves(*shares))
+    for ticks, (low, high) in ((chart["x_ticks"], x_axis), (chart["y_ticks"], y_axis)):
+        assert (ticks[0][1], ticks[-1][1]) == (low, high)
+    assert (chart["x_ticks"][0][0], chart["x_ticks"][-1][0]) == (chart["left"], chart["right"])
+    assert (chart["y_ticks"][0][0], chart["y_ticks"][-1][0]) == (chart["bottom"], chart["top"])
+    assert chart["y_start"] == int(y_axis[0])
+
+
+def test_points_that_touch_get_no_arrow():
+    same, near = (0.09, 0.97), (0.091, 0.971)
+    chart = trade_off(moves((0.78, 0.99), same, same, near, (0.05, 0.9)))
+    assert len(chart["points"]) == 5 and len(chart["arrows"]) == 2
+
+
+def test_no_picture_of_moves_without_two_models_and_both_kinds_of_sets():
+    both = moves((0.78, 0.99), (0.09, 0.88))
+    assert trade_off(both)
+    assert trade_off({"base": both["base"]}) is None
+    for missing in ("direct", "everyday"):
+        for models in (("base",), ("stage 1",), ("base", "stage 1")):
+            less = moves((0.78, 0.99), (0.09, 0.88))
+            for model in models:
+                del less[model]["sets"][missing]
+            assert trade_off(less) is None
+    # A mean over other sets is another number: only sets that all models have a value on count.
+    more = moves((0.78, 0.99), (0.09, 0.88))
+    more["base"]["sets"]["jailbreak"] = harmful(1.0, 1.0)
+    more["stage 1"]["sets"]["jailbreak"] = {
+        **harmful(0.0, 0.0),
+        "reasoning": {"value": None, "low": None, "high": None, "n": 0},
+    }
+    more["stage 1"]["sets"]["unseen"] = harmful(1.0, 1.0)
+    assert trade_off(more)["harmful_sets"] == ["direct"]
+    assert trade_off(more)["caption"] == trade_off(both)["caption"]
+
+
+def test_the_report_shows_the_moves_below_the_bars_and_escapes_their_names(finished):
+    base = seven_sets((0.7, 0.88, 0.76), (0.99, 1.0, 0.98))
+    stage1 = seven_sets((0.05, 0.09, 0.13), (0.9, 0.85, 0.89))
+    stage2 = seven_sets((0.05, 0.08, 0.11), (0.98, 0.97, 0.96))
+    specs = []
+    for name, metrics in (("base", base), ("<b>1&", stage1), ("stage 2", stage2)):
+        folder = finished.run / "eval" / f"seven{len(specs)}"
+        write_evaluation(folder, metrics["sets"])
+        for other in metrics["sets"]:
+            for kind in ("traces", "steps", "verdicts"):
+                write_jsonl(folder / f"{other}.{kind}.jsonl", [])
+        specs.append(f"{name}={folder}")
+    page = finished(*specs)
+    checked = Checked(page)
+    assert checked.texts("caption") == (
+        "<b>1&: harmful reasoning 78.0% → 9.0%, compliance 99.0% → 88.0%. "
+        "Stage 2: harmful reasoning 9.0% → 8.0%, compliance 88.0% → 97.0%."
+    )
+    # Three half-widths of 5 in quadrature, over 3.
+    assert (
+        "2 <b>1&: harmful reasoning 9.0% [6.1, 11.9], compliance 88.0% [85.1, 90.9]"
+        in checked.texts("point")
+    )
+    assert "<b>1" not in page
+    assert checked.count["svg"] == 3 and checked.count["circle"] == 3
+    assert "benign compliance, % (the axis starts at 80, not at 0)" in checked.texts("trade-off")
+    assert page.index('class="bars"') < page.index("<circle") < page.index("<details>")
+    assert "trade-off" not in Checked(finished()).by_class, "no benign set"
 
 
 def test_few_rows_matter_and_the_others_are_folded_away(finished):
