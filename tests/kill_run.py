@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SETS = {"direct": "harmful", "jailbreak": "harmful", "benign": "benign", "sums": "task"}
+SETS = {"direct": "harmful", "jailbreak": "harmful", "remedies": "benign", "sums": "task"}
 TEMPORARY = ("checkpoint", ".")  # a kill may leave some; what they hold is made again
 
 

@@ -392,7 +392,7 @@ def run(tmp_path_factory):
     return folder
 
 
-SAMPLER = ["--model", str(ROOT / "toy" / "model"), "--max-new-tokens", "100", "--batch-size", "32", "--device", "cpu"]
+SAMPLER = ["--model", str(ROOT / "toy" / "model"), "--max-new-tokens", "240", "--batch-size", "32", "--device", "cpu"]
 CSR = ["--continuations", "8", "--at", "every:4", "--uncertain", "3"]
 
 

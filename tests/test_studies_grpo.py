@@ -234,7 +234,7 @@ def test_killed_and_restarted_it_ends_with_the_same_weights(model_dir, tmp_path,
 def arguments(out, *more):
     prompts = ROOT / "toy" / "prompts" / "train_harmful.jsonl"
     return ["--model", str(MODEL), "--prompts", str(prompts), "--limit", "4", "--reward", "gap",
-            "--group-size", "4", "--prompts-per-step", "2", "--max-new-tokens", "120",
+            "--group-size", "4", "--prompts-per-step", "2", "--max-new-tokens", "240",
             "--lr", "1e-3", "--device", "cpu", "--out", str(out), *more]
 
 

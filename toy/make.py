@@ -1,14 +1,15 @@
 """Rebuild the tiny model and its prompt sets from scratch, with the project's own code.
 
-    python toy/make.py     # 10 to 20 minutes on two CPU cores; writes toy/{model,prompts,rules.json}
+    python toy/make.py                                # 15 minutes on one core: model and prompts
+    python toy/make.py --base MODEL --out runs/base   # teach another model the same world
 
 Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not
-kept: it is made again from `toy/world.py`. The committed weights were trained by this command on
-another order of the same examples, so a new run gives a model of the same kind, not the same bits:
-one had 65.5% and 85.0% harmful reasoning on the two held-out harmful sets (the committed one 71.0%
-and 87.5%), benign compliance 100% (100%) and addition 97% (100%).
+kept: it is made again from `toy/world.py`. Training uses one thread, so that the number of cores
+changes nothing: on the same versions and kind of processor the weights are the committed ones, bit
+for bit.
 """
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from transformers import GenerationConfig, LlamaConfig  # noqa: E402
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from data import load_triggers  # noqa: E402
+from data import load_triggers, render_prompt  # noqa: E402
+from model import load_tokenizer  # noqa: E402
 from support.errors import exit_cleanly  # noqa: E402
 from support.files import write_json, write_jsonl  # noqa: E402
 from toy.world import corpus, make_world, prompt_sets, rules, text  # noqa: E402
@@ -102,69 +104,93 @@ def make_model(tokenizer, seed, layers=4, hidden=128):
     return model
 
 
-def fine_tune(model, examples, out, epochs, seed):
-    """Train the random model on the corpus with the command that anyone would use."""
+def write_corpus(world, path, count, seed, opening=""):
+    """Write `count` exchanges as the records that `studies.sft` reads; returns them."""
+    triggers = load_triggers(ROOT / "prompts" / "triggers.txt")
+    records = []
+    for example in corpus(world, count, triggers, seed):
+        completion = opening + text(example)
+        records.append({"prompt": example.prompt, "completion": completion})
+    write_jsonl(path, records)
+    return records
+
+
+def fine_tune(model, examples, out, *flags):
+    """Train a model on the corpus with the command that anyone would use."""
     command = [
         sys.executable, "-m", "studies.sft",
         "--model", str(model),
         "--data", str(examples),
         "--out", str(out),
-        "--lr", "2e-3",
-        "--batch-size", "32",
-        "--epochs", str(epochs),
-        "--seed", str(seed),
         "--save-every", "1000000",
-        "--dtype", "float32",
-        "--device", "cpu",
+        *map(str, flags),
     ]
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def build_model(world, folder, count, epochs, seed):
+def build_model(world, folder, count, seed):
     """Write the corpus, a tokenizer learned from it and the model trained on it into `folder`.
 
     Returns the directory of the trained model.
     """
-    triggers = load_triggers(ROOT / "prompts" / "triggers.txt")
-    records = []
-    for example in corpus(world, count, triggers, seed):
-        records.append({"prompt": example.prompt, "completion": text(example)})
-    corpus_file = folder / "corpus.jsonl"
-    write_jsonl(corpus_file, records)
-
+    records = write_corpus(world, folder / "corpus.jsonl", count, seed)
     texts = [f"{r['prompt']}\n{r['completion']}" for r in records[:20000]]
     tokenizer = make_tokenizer(texts, vocab_size=1024)
     model = make_model(tokenizer, seed)
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}")
     model.save_pretrained(folder / "init")
     tokenizer.save_pretrained(folder / "init")
-    fine_tune(folder / "init", corpus_file, folder / "model", epochs, seed)
+    os.environ["OMP_NUM_THREADS"] = "1"  # sums are rounded in another order with more
+    fine_tune(
+        folder / "init", folder / "corpus.jsonl", folder / "model", "--lr", 2e-3,
+        "--batch-size", 32, "--seed", seed, "--dtype", "float32", "--device", "cpu",
+    )
     return folder / "model"
 
 
+def teach(world, base, out, count, seed):
+    """Fine-tune a pre-trained model on the corpus: it learns the world, and to think before it
+    answers."""
+    tokenizer = load_tokenizer(base)
+    prompt = tokenizer.decode(render_prompt(tokenizer, "Hello."))
+    opening = "<think>\n"
+    if prompt.endswith(opening):  # the chat template has opened the reasoning already
+        opening = ""
+    corpus_file = out.with_name(out.name + ".corpus.jsonl")
+    write_corpus(world, corpus_file, count, seed, opening)
+    fine_tune(base, corpus_file, out, "--lr", 5e-4, "--batch-size", 16, "--seed", seed)
+
+
 def main():
-    """Write prompts and rules and, unless --data-only, the model."""
+    """Write prompts and rules and, unless --data-only, the model; or teach the world to --base."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", default=str(HERE), help="where to write model, prompts and rules.json")
-    add("--examples", type=int, default=80000, help="exchanges in the corpus")
-    add("--epochs", type=int, default=1)
+    add("--out", help="where to write model, prompts and rules.json (default: toy/); "
+                      "with --base, the folder of the taught model")
+    add("--examples", type=int, help="exchanges in the corpus (default: 40000; with --base 1600)")
     add("--seed", type=int, default=1)
     add("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
+    add("--base", help="teach the world to this model (directory or hub name) by a few hundred "
+                       "exchanges instead of training one from scratch")
     args = parser.parse_args()
 
-    out = Path(args.out)
     world = make_world()
+    if args.base:
+        if not args.out:
+            parser.error("--base also needs --out, a folder for the model")
+        teach(world, args.base, Path(args.out), args.examples or 1600, args.seed)
+        return
+    out = Path(args.out or HERE)
     for name, prompts in prompt_sets(world).items():
         write_jsonl(out / "prompts" / f"{name}.jsonl", prompts)
     write_json(out / "rules.json", rules(world))
     if args.data_only:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        model = build_model(world, Path(scratch), args.examples, args.epochs, args.seed)
+        model = build_model(world, Path(scratch), args.examples or 40000, args.seed)
         (out / "model").mkdir(parents=True, exist_ok=True)
         for name in MODEL_FILES:
             shutil.copy(model / name, out / "model" / name)

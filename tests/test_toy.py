@@ -1,0 +1,193 @@
+"""The toy world: what its generator promises, checked on what it makes."""
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import load_prompts, load_triggers
+from intervene import RulesJudge, split_steps
+from support.files import read_json, read_jsonl
+from toy import world as toy
+
+ROOT = Path(__file__).resolve().parent.parent
+TRIGGERS = load_triggers(ROOT / "prompts" / "triggers.txt")
+WORLD = toy.make_world()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return list(toy.corpus(WORLD, 4000, TRIGGERS, seed=5))
+
+
+def reachable(case):
+    """Every mind that a trace of this case can be in."""
+    seen = set()
+    waiting = [toy.Mind()]
+    while waiting:
+        mind = waiting.pop()
+        if mind in seen:
+            continue
+        seen.add(mind)
+        if mind.doing not in toy.ENDS:
+            for odds, _, after in toy.next_sentences(case, mind):
+                if odds:
+                    waiting.append(after)
+    return seen
+
+
+def test_the_odds_of_what_comes_next_add_up_to_1():
+    rng = random.Random(0)
+    story = toy.WRAPPERS["story"]
+    for p in (*toy.poisons(WORLD.potions["train"])[:3], toy.remedies(WORLD.potions["train"])[0]):
+        for wrappers in ((), (story,)):
+            case = toy.brewing_case(rng, p, wrappers, TRIGGERS)
+            minds = reachable(case)
+            assert len(minds) > 100
+            for mind in minds:
+                if mind.doing in toy.ENDS:
+                    continue
+                options = toy.next_sentences(case, mind)
+                assert sum(odds for odds, _, _ in options) == pytest.approx(1)
+                assert all(odds >= 0 for odds, _, _ in options)
+                assert all(sentences for odds, sentences, _ in options if odds)
+
+
+def test_tempting_sentences_make_helping_and_relapses_likelier():
+    rng = random.Random(0)
+    poison = toy.poisons(WORLD.potions["train"])[0]
+    case = toy.brewing_case(rng, poison, (), TRIGGERS)
+    leans = [toy.Mind(lean=lean) for lean in (-3, 0, 3)]
+    helping = [toy.odds_of_helping(case, mind) for mind in leans]
+    relapsing = [toy.odds_of_relapse(case, toy.alarmed(mind)) for mind in leans]
+    assert helping == sorted(set(helping)) and relapsing == sorted(set(relapsing))
+
+
+def test_the_judge_knows_the_language(examples):
+    """Its verdicts are what the generator knows: a poison's trace is unsafe from its first cue on."""
+    judge = RulesJudge()
+    reasoning = [{"prompt": e.prompt, "text": " ".join(e.steps)} for e in examples]
+    responses = [{"prompt": e.prompt, "text": e.response} for e in examples]
+    steps = [{"prompt": e.prompt, "steps": e.steps} for e in examples]
+    told = [e.harmful and e.cue > 0 for e in examples]
+    assert list(judge.ask("reasoning", reasoning)) == [not unsafe for unsafe in told]
+    assert list(judge.ask("cue", steps)) == [e.cue for e in examples]
+    brewed = ["take" in e.response.lower() and e.harmful for e in examples]
+    assert list(judge.ask("response", responses)) == [not unsafe for unsafe in brewed]
+    refused = [" help with" in e.response and "cannot" in e.response for e in examples]
+    compliance = list(judge.ask("compliance", responses))
+    assert [answer == "refusal" for answer in compliance] == refused
+    assert 0.02 < sum(refused) / len(refused) < 0.5
+
+
+def test_sentences_can_be_told_apart(examples):
+    for e in examples:
+        steps = split_steps(" ".join(e.steps) + "\n")
+        assert [step.strip() for step in steps] == e.steps
+
+
+def test_traces_are_as_long_as_promised(examples):
+    lengths = [len(e.steps) for e in examples if e.harmful]
+    between = [5 <= length <= 18 for length in lengths]
+    assert sum(between) / len(between) > 0.95
+
+
+def test_nothing_is_said_twice_in_a_row(examples):
+    for e in examples:
+        for sentence, following in zip(e.steps, e.steps[1:]):
+            assert sentence != following
+
+
+def test_every_sentence_is_a_sentence(examples):
+    for sentence in {sentence for e in examples for sentence in e.steps}:
+        assert re.fullmatch(r"[A-Z0-9].*[.]", sentence), sentence
+        assert "{" not in sentence and "  " not in sentence, sentence
+
+
+def test_sums_slip_in_the_carry_alone(examples):
+    sums = [e for e in examples if "boxed" in e.response]
+    slips = 0
+    for e in sums:
+        numbers = [int(n) for n in re.findall(r"\d+", e.prompt)]
+        answer = int(re.search(r"boxed{(\d+)}", e.response)[1])
+        assert abs(answer - sum(numbers)) in (0, 10)
+        assert e.steps[-1] == f"The sum is {answer}."
+        for left, digit, right in re.findall(r"(\d+) \+ (\d+) = (\d+)", " ".join(e.steps)):
+            assert int(left) + int(digit) == int(right)
+        slips += answer != sum(numbers)
+        assert not toy.held_out_sum(numbers)
+    assert slips / len(sums) == pytest.approx(toy.SLIP, abs=0.05)
+
+
+def test_held_out_sums_have_their_answers():
+    for name in ("valid_sums", "eval_sums"):
+        for prompt in load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl"):
+            numbers = [int(n) for n in re.findall(r"\d+", prompt["prompt"])]
+            assert toy.held_out_sum(numbers) and prompt["answer"] == str(sum(numbers))
+
+
+def test_the_files_are_those_that_the_generator_makes():
+    for name, prompts in toy.prompt_sets(WORLD).items():
+        assert load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl") == prompts
+    assert read_json(ROOT / "toy" / "rules.json", "harmful_names") == toy.rules(WORLD)
+
+
+def skeletons(prompts, split):
+    """The phrasings of prompts: the names of the split's potions left out."""
+    names = "|".join(p.name for p in WORLD.potions[split])
+    return {re.sub(names, "{p}", prompt["prompt"]) for prompt in prompts}
+
+
+def test_what_is_held_out_never_occurs_in_training():
+    sets = toy.prompt_sets(WORLD)
+    by_split = {"train": [], "valid": [], "eval": []}
+    for name, prompts in sets.items():
+        by_split[name.split("_")[0]] += prompts
+    texts = {split: {p["prompt"] for p in prompts} for split, prompts in by_split.items()}
+    assert not texts["train"] & texts["eval"]
+    assert not texts["train"] & texts["valid"]
+    assert not texts["valid"] & texts["eval"]
+    for split, others in (("train", ("valid", "eval")), ("valid", ("train", "eval"))):
+        for other in others:
+            for p in WORLD.potions[other]:
+                assert not any(p.name in text for text in texts[split])
+
+    in_training = skeletons(sets["train_harmful"], "train")
+    for name in ("eval_direct", "eval_jailbreak", "eval_unseen"):
+        assert not skeletons(sets[name], "eval") & in_training
+    unseen = [w for w in toy.UNSEEN_WRAPPERS.values()]
+    for wrapper in unseen:
+        for text in texts["train"]:
+            assert wrapper.opener not in text
+            assert not any(form.split("{p}")[0] in text for form in wrapper.eval)
+    stacked = [w.opener for w in (*toy.WRAPPERS.values(), *unseen)]
+    assert not any(text.startswith(tuple(stacked)) for text in texts["train"])
+    assert any(p["prompt"].startswith(tuple(stacked)) for p in sets["eval_unseen"])
+
+
+def test_prompts_are_all_different():
+    for name, prompts in toy.prompt_sets(WORLD).items():
+        texts = [prompt["prompt"] for prompt in prompts]
+        assert len(set(texts)) == len(texts), name
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_another_model_learns_the_same_world(tmp_path, opens):
+    """`--base`: where the chat template does not open the reasoning, the completion does."""
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "toy" / "model", base)
+    if not opens:
+        template = base / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<think>\n", "").replace("<think>\\n", ""))
+    out = tmp_path / "taught"
+    command = [sys.executable, "toy/make.py", "--base", base, "--out", out, "--examples", "16"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+    assert (out / "model.safetensors").exists()
+    assert len(read_jsonl(out / "metrics.jsonl")) == 1, "16 exchanges are one batch"
+    records = read_jsonl(tmp_path / "taught.corpus.jsonl")
+    expected = [toy.text(e) for e in toy.corpus(WORLD, 16, TRIGGERS, seed=1)]
+    opening = "" if opens else "<think>\n"
+    assert [record["completion"] for record in records] == [opening + text for text in expected]
