@@ -11,13 +11,14 @@ usage: [VARIABLE=value ...] bash run.sh [command]
   stages      print the command of every stage, to run them one by one
   test        the tests (further words go to pytest)
   figures     after a run: the safety dynamics behind the method, into the same report
-  baselines   SFT, DPO and GRPO beside IPO, about an hour (QUICK=1: 10 minutes)
+  baselines   SFT, DPO, GRPO and IPO at five learning rates each, up to an hour
+              (QUICK=1: less of all, 12 minutes), into the same report
 
 variable            default                            what it is
 MODEL               toy/model                          model directory or hub name
 PROMPTS             toy/prompts/train_harmful.jsonl    harmful prompts to learn from
 BENIGN              toy/prompts/train_benign.jsonl     benign prompts against over-refusal
-EVAL                four sets of the toy world         sets to evaluate on, NAME=KIND:FILE ...
+EVAL                seven sets of the toy world        sets to evaluate on, NAME=KIND:FILE ...
                                                        (KIND: harmful, benign or task)
 SETS                                                   published sets, as in jbb,xstest,math500, which
                                                        `python -m benchmarks.fetch` has fetched
@@ -35,7 +36,7 @@ EVAL_JUDGE_ARGS     JUDGE_ARGS, if the same judge
 EVAL_ARGS                                              more flags for evaluation
 SERVER                                                 sample the base model here, http://HOST:PORT/v1
 NPROC               1                                  processes (GPUs) to train on
-TOKENS              160; 8192 with your model          longest completion
+TOKENS              320; 8192 with your model          longest completion
 BATCH               128; 16                            rows sampled together
 LR, LR2             3e-4, 5e-5; 1e-6, 1e-6             learning rates of stages 1 and 2
 EPOCHS              1                                  passes over the pairs in each stage
@@ -45,8 +46,10 @@ RUN                 runs/toy                           where everything is writt
 ACCEPT_CODE_CHANGE                                     1: keep what was made before the code was
                                                        edited; the configs record it
 PYTHON              python3                            where it lacks a package, .venv is made and used
-CONTINUATIONS       128; 32                            figures: continuations of each prefix
-METHODS, LRS, SEEDS, GRPO_EPOCHS, QUICK                baselines: see python -m studies.baselines run --help
+CONTINUATIONS       32                                 figures: continuations of each prefix
+VALID               three sets of the toy world        baselines: sets to choose learning rates by,
+                                                       NAME=KIND:FILE ... as in EVAL
+METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS, QUICK       baselines: see python -m studies.baselines run --help
 BASELINES           runs/baselines                     baselines: where they are written
 
 Full size, the same code path (docs/full-size.md):
@@ -69,8 +72,11 @@ MODEL=${MODEL:-toy/model}
 PROMPTS=${PROMPTS:-toy/prompts/train_harmful.jsonl}
 BENIGN=${BENIGN:-toy/prompts/train_benign.jsonl}
 SETS=${SETS:-}
-toy_sets="direct=harmful:toy/prompts/eval_direct.jsonl jailbreak=harmful:toy/prompts/eval_jailbreak.jsonl
-    benign=benign:toy/prompts/eval_benign.jsonl addition=task:toy/prompts/eval_sums.jsonl"
+toy_sets=
+for name in direct=harmful jailbreak=harmful unseen=harmful everyday=benign remedies=benign \
+    antidotes=benign sums=task; do
+    toy_sets+=" $name:toy/prompts/eval_${name%=*}.jsonl"
+done
 if [ -n "$SETS" ]; then toy_sets=; fi
 EVAL=${EVAL-$toy_sets}  # EVAL= is no set of files at all
 TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
@@ -88,14 +94,14 @@ EVAL_ARGS=${EVAL_ARGS:-}
 SERVER=${SERVER:-}
 NPROC=${NPROC:-1}
 EPOCHS=${EPOCHS:-1}
+CONTINUATIONS=${CONTINUATIONS:-32}
 SEED=${SEED:-0}
 RUN=${RUN:-runs/toy}
 PYTHON=${PYTHON:-python3}
 accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
 if [ "$MODEL" = toy/model ]; then  # a model of a million parameters learns at other rates
-    TOKENS=${TOKENS:-160} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
+    TOKENS=${TOKENS:-320} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
     TRAIN_ARGS=${TRAIN_ARGS:-}
-    CONTINUATIONS=${CONTINUATIONS:-128}
     separate=
 else
     if [ "$JUDGE" = rules ]; then
@@ -104,7 +110,6 @@ else
     fi
     TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
     TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}
-    CONTINUATIONS=${CONTINUATIONS:-32}
     separate=--separate
 fi
 
@@ -210,16 +215,29 @@ case $command in
             "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
         exec "$PYTHON" -m support.run_stages --run "$RUN" $separate "${stages[@]}" ;;
     baselines)
-        # The tiny model is too small to gain by more threads.
-        if [ "$MODEL" = toy/model ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-        if [ -n "${QUICK:-}" ]; then
-            SEEDS=${SEEDS:-0} LRS=${LRS:-1e-4 3e-4 1e-3} GRPO_EPOCHS=${GRPO_EPOCHS:-1}
+        if [ "$MODEL" = toy/model ]; then
+            VALID=${VALID:-valid_harmful=harmful:toy/prompts/valid_harmful.jsonl
+                valid_benign=benign:toy/prompts/valid_benign.jsonl
+                valid_sums=task:toy/prompts/valid_sums.jsonl}
+        elif [ -z "${VALID:-}" ]; then
+            echo "error: baselines choose learning rates by sets of their own; give VALID=\"NAME=KIND:FILE ...\"" >&2
+            exit 2
         fi
-        exec "$PYTHON" -m studies.baselines run --model "$MODEL" --prompts "$PROMPTS" \
-            --limit "$LIMIT" --benign "$BENIGN" --set $EVAL --triggers "$TRIGGERS" \
+        if [ -n "${QUICK:-}" ]; then
+            SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 1e-4 3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1} limit_sets=60
+        fi
+        folder=${BASELINES:-runs/baselines}
+        stages=()
+        stage "training and evaluation" "$PYTHON" -m studies.baselines run --model "$MODEL" \
+            --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" --triggers "$TRIGGERS" \
+            --samples "$SAMPLES" \
             --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
             --judging="${judging[*]}" --eval-judging="${eval_judging[*]}" \
-            --train-args="$TRAIN_ARGS" --main-job "$RUN" --out "${BASELINES:-runs/baselines}" \
-            $accept ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
-            ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} ;;
+            --train-args="$TRAIN_ARGS --epochs $EPOCHS" --valid $VALID --set $EVAL --out "$folder" \
+            ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
+            ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} ${WORKERS:+--workers $WORKERS} \
+            ${limit_sets:+--limit-sets $limit_sets}
+        accept= stage "table and figure" "$PYTHON" -m studies.frontier --run "$RUN" \
+            --results "$folder/results.jsonl"
+        exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
 esac

@@ -4,16 +4,17 @@
     python -m studies.baselines run --help
     python -m studies.baselines pairs --model M --traces T --verdicts V --out pairs.jsonl
 
-A fifth of the harmful training prompts is held back for validation. Each method trains on the
-others at every learning rate of the grid with the first seed. The rate with the lowest harmful
-ratio on validation that costs neither benign compliance nor arithmetic (`choose_rate`) is trained
-again with every other seed and measured on the held-out sets. A seed decides the base model's
-rollouts, the order of training and the evaluation's samples. Results are appended to
-`results.jsonl`. `pairs` makes pairs of independent rollouts.
+A method trades safety against help and ability, and its learning rate says how much. So each method
+trains at several rates with several seeds, and each of these models is measured on two groups of
+sets: validation sets (`--valid`), to choose a rate by, and held-out sets (`--set`), to report. A
+seed decides the base model's rollouts, the order of training and the evaluation's samples. Models
+are appended to `results.jsonl` as they are done; `python -m studies.frontier` makes the table and
+the figure from it. `pairs` makes pairs of independent rollouts.
 """
 import argparse
 import contextlib
 import functools
+import os
 import shlex
 import time
 from collections import defaultdict
@@ -21,16 +22,18 @@ from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
+import torch
+
 import evaluate
 import intervene
 import ipo
 from data import Appender, load_prompts, load_triggers
 from model import eos_ids, load_tokenizer
 from studies import grpo, sft
-from support.errors import InputError, exit_cleanly
-from support.files import digest, read_json, read_jsonl, write_json, write_jsonl
+from studies.workers import Job, run_jobs
+from support.errors import InputError, ServiceError, exit_cleanly
+from support.files import digest, read_json, read_jsonl, write_jsonl
 from support.stages import add_stage_flags, open_stage, run_stage, sidecar
-from support.statistics import student_interval
 
 METHODS = {
     "sft": "SFT on chosen",
@@ -40,35 +43,66 @@ METHODS = {
     "grpo-gap": "GRPO, I[z safe] - I[y safe]",
     "grpo-reasoning": "GRPO, I[z safe]",
     "ipo": "IPO, stage 1",
+    "ipo-both": "IPO, both stages",
+    "ipo-n2": "IPO, stage 1, two interventions",
+}
+DEFAULT_METHODS = [method for method in METHODS if method != "ipo-n2"]
+# CHOICE: the paper gives no rates. These suit the tiny model: from hardly any effect to damage.
+DEFAULT_RATES = ["3e-5", "6e-5", "1e-4", "1.7e-4", "3e-4"]
+AXES = {  # what a point says: the mean of a metric over the sets that have it
+    "harm": "reasoning",
+    "compliance": "compliance",
+    "capability": "accuracy",
+    "response harm": "response",
 }
 METRICS = ("reasoning", "response", "compliance", "accuracy")
-TIMES = ("seconds", "cpu_seconds")
-COSTS = ("generations", "judge_calls", *TIMES)  # of the data and the training, not the evaluation
+TIMES = ("seconds", "cpu_seconds")  # of the data and the training, not the evaluation
 # Flags that may change, so that a finished sweep can grow: results are kept by their values.
-GROWING_FLAGS = ("methods", "lrs", "seeds", "main_job")
+GROWING_FLAGS = ("methods", "lrs", "seeds", "workers")
 
 
 class Sweep(NamedTuple):
-    """What all trainings and evaluations have in common; the lists are flags to pass on."""
+    """What all trainings and evaluations have in common; the lists are words to pass on."""
     model: str
     out: Path
+    prompts: str
+    benign: str
+    limit: int
+    samples: int         # rollouts of a harmful prompt
     triggers: str
     sampling: list       # to every command that samples
     judging: list        # to those that build the data, for their judge
     eval_judging: list   # to `evaluate.py run`, for its judge
     train_args: list     # to every training
     grpo_epochs: int
-    stage_flags: tuple = ()  # to all of them
+    valid: list          # NAME=KIND:FILE
+    held_out: list
+    stage_flags: tuple = ()  # to all commands
 
 
 class Trial(NamedTuple):
-    """One training: its method, learning rate (as written in the flag) and seed."""
+    """One model: its method, learning rate (as written in the flag) and seed."""
     method: str
     lr: str
     seed: int
 
+    @property
+    def id(self):
+        return f"{self.method} lr={self.lr} seed={self.seed}"
 
-# ------------------------------------------------------------------------ pairs, split and choice
+
+class Command(NamedTuple):
+    """A command line of one of PROGRAMS."""
+    program: str
+    words: list
+
+    @property
+    def out(self):
+        """The path that it makes."""
+        return Path(self.words[self.words.index("--out") + 1])
+
+
+# ------------------------------------------------------------------------- independent rollouts
 
 def independent_pairs(traces, verdicts, tokenizer, eos):
     """DPO's other reading: a safe and an unsafe rollout of one prompt that share only the prompt.
@@ -119,76 +153,21 @@ def write_independent_pairs(out, model, traces, verdicts):
     return counts, {}
 
 
-def split_prompts(prompts, share=0.2):
-    """(training prompts, validation prompts): an arbitrary fifth by the hash of the id.
+# ---------------------------------------------------------------------------------- the commands
+# Of one seed and one trial, as run.sh has them.
 
-    It is the same for every seed.
-
-    >>> training, held = split_prompts([{"id": str(i)} for i in range(5)])
-    >>> [p["id"] for p in training], [p["id"] for p in held]
-    (['0', '1', '2', '3'], ['4'])
-    """
-    in_order = sorted(prompts, key=lambda prompt: digest(prompt["id"]))
-    first = in_order[:round(share * len(prompts))]
-    held_ids = {prompt["id"] for prompt in first}
-    training = [prompt for prompt in prompts if prompt["id"] not in held_ids]
-    held = [prompt for prompt in prompts if prompt["id"] in held_ids]
-    return training, held
+JUDGED = ("rollouts", "steps", "verdicts")
+PAIRS = {"dpo-independent": "independent", "ipo-n2": "pairs_n2"}  # of all others: "pairs"
 
 
-def choose_rate(metrics, base, tolerance=0.02):
-    """The learning rate with the lowest mean harmful ratio that keeps the rest within `tolerance`.
-
-    metrics: {rate: {"SET/METRIC": value}}; base: the base model's. If no rate keeps every other
-    metric, it is the rate that loses least. Of equal rates it is the first.
-
-    >>> base = {"h/reasoning": .7, "h/response": .5, "b/compliance": 1.0}
-    >>> low = {**base, "h/response": .1}
-    >>> high = {"h/reasoning": 0, "h/response": 0, "b/compliance": .5}
-    >>> choose_rate({"low": low, "high": high}, base)
-    'low'
-    """
-    harm = {}  # rate: mean harmful ratio
-    lost = {}  # rate: the most that any other metric lost
-    for rate, found in metrics.items():
-        ratios = []
-        losses = [0]
-        for name, value in found.items():
-            if name.endswith(("/reasoning", "/response")):
-                ratios.append(value)
-            else:
-                losses.append(base[name] - value)
-        harm[rate] = mean(ratios)
-        lost[rate] = max(losses)
-    keeping = [rate for rate in metrics if lost[rate] <= tolerance + 1e-9]
-    if keeping:
-        return min(keeping, key=harm.get)
-    return min(metrics, key=lost.get)
-
-
-# -------------------------------------------------------------------------- one training at a time
-
-def run_command(sweep, command, *argv):
-    """Run a command line in this process; returns the path that its `--out` names.
-
-    What it prints goes to `log.txt`, its time to `times.jsonl`.
-    """
-    argv = [str(word) for word in (*argv, *sweep.stage_flags)]
-    target = Path(argv[argv.index("--out") + 1])
-    times = Appender(sweep.out / "times.jsonl")
-    killed_before = sidecar(target, "config").exists()
-    wall = time.monotonic()
-    cpu = time.process_time()
-    with open(sweep.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-        command(argv)
-    times.write({
-        "id": str(target),
-        "killed_before": killed_before,  # then the times are those since the last start only
-        "seconds": round(time.monotonic() - wall, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-    })
-    times.close()
-    return target
+def data_needed(method):
+    """The names of the files that a method trains on and what they are made from, in order."""
+    if method.startswith("grpo-") or method == "base":
+        return []
+    needed = [*JUDGED, PAIRS.get(method, "pairs")]
+    if method == "ipo-both":
+        needed.append("benign_base")
+    return needed
 
 
 def seed_folder(sweep, seed):
@@ -196,314 +175,402 @@ def seed_folder(sweep, seed):
     return sweep.out / f"seed{seed}"
 
 
-def judged_rollouts(sweep, seed):
-    """The base model's rollouts with this seed, their steps and verdicts: three files."""
-    folder = seed_folder(sweep, seed)
-    rollouts = run_command(
-        sweep, intervene.main, "rollouts", "--model", sweep.model, *sweep.sampling, "--seed", seed,
-        "--prompts", sweep.out / "train.jsonl",
-        "--samples", len(load_triggers(sweep.triggers)),
-        "--out", folder / "rollouts.jsonl",
-    )
-    steps = run_command(
-        sweep, intervene.main, "steps", "--traces", rollouts, "--out", folder / "steps.jsonl",
-    )
-    verdicts = run_command(
-        sweep, intervene.main, "judge", *sweep.judging, "--traces", rollouts, "--steps", steps,
-        "--out", folder / "verdicts.jsonl",
-    )
-    return rollouts, steps, verdicts
+def trial_folder(sweep, trial):
+    """The folder of one model and its evaluation."""
+    name = trial.method
+    if name != "base":
+        name += f"-{trial.lr}"
+    return seed_folder(sweep, trial.seed) / name
 
 
-def pair_independent_rollouts(sweep, seed, rollouts, verdicts):
-    """The file of pairs of a safe and an unsafe rollout."""
-    return run_command(
-        sweep, main, "pairs", "--model", sweep.model, "--traces", rollouts, "--verdicts", verdicts,
-        "--out", seed_folder(sweep, seed) / "independent.jsonl",
-    )
+def data_file(sweep, seed, name):
+    """One of the files that the methods of a seed share."""
+    return seed_folder(sweep, seed) / f"{name}.jsonl"
 
 
-def pair_interventions(sweep, seed, rollouts, steps, verdicts):
-    """The file of pairs by intervention."""
-    return run_command(
-        sweep, intervene.main, "pairs", "--model", sweep.model, *sweep.sampling, "--seed", seed,
-        *sweep.judging, "--triggers", sweep.triggers,
-        "--traces", rollouts, "--steps", steps, "--verdicts", verdicts,
-        "--out", seed_folder(sweep, seed) / "pairs.jsonl",
-    )
+def make_command(sweep, program, *words):
+    """A Command, with the flags that all have."""
+    return Command(program, [str(word) for word in (*words, *sweep.stage_flags)])
 
 
-def train_model(sweep, trial):
-    """Train one model; returns (its folder, its costs).
+def data_commands(sweep, seed):
+    """{name: the command that makes that file of a seed}, in an order in which they can run."""
+    file = functools.partial(data_file, sweep, seed)
+    make = functools.partial(make_command, sweep)
+    base = ["--model", sweep.model]
+    sampling = [*sweep.sampling, "--seed", seed]
+    judged = ["--traces", file("rollouts"), "--verdicts", file("verdicts")]
+    interventions = [
+        "pairs", *base, *sampling, *sweep.judging, "--triggers", sweep.triggers, *judged,
+        "--steps", file("steps"),
+    ]
+    return {
+        "rollouts": make(
+            "intervene", "rollouts", *base, *sampling, "--samples", sweep.samples,
+            "--prompts", sweep.prompts, "--limit", sweep.limit, "--out", file("rollouts"),
+        ),
+        "steps": make(
+            "intervene", "steps", "--traces", file("rollouts"), "--out", file("steps"),
+        ),
+        "verdicts": make(
+            "intervene", "judge", *sweep.judging, "--traces", file("rollouts"),
+            "--steps", file("steps"), "--out", file("verdicts"),
+        ),
+        "pairs": make("intervene", *interventions, "--out", file("pairs")),
+        "pairs_n2": make(
+            "intervene", *interventions, "--max-interventions", 2, "--out", file("pairs_n2"),
+        ),
+        "independent": make("baselines", "pairs", *base, *judged, "--out", file("independent")),
+        "benign_base": make(
+            "intervene", "rollouts", *base, *sampling, "--samples", 1,
+            "--prompts", sweep.benign, "--out", file("benign_base"),
+        ),
+    }
 
-    Costs: each of COSTS, and "killed_before", whether the times are too short.
-    """
+
+def training_commands(sweep, trial):
+    """The commands that train one model, the last of which writes it; none for `base`."""
+    make = functools.partial(make_command, sweep)
+    folder = trial_folder(sweep, trial)
+    shared = [
+        *sweep.train_args, "--lr", trial.lr, "--seed", trial.seed, "--out", folder / "model",
+    ]
+    from_base = ["--model", sweep.model, *shared]
+    if trial.method == "base":
+        return []
     if trial.method.startswith("grpo-"):
-        outputs, costs = train_with_grpo(sweep, trial)
-    else:
-        outputs, costs = train_on_pairs(sweep, trial)
-    times = {record["id"]: record for record in read_jsonl(sweep.out / "times.jsonl")}
-    spent = [times[str(output)] for output in outputs]
-    costs["killed_before"] = any(record["killed_before"] for record in spent)
-    for name in TIMES:
-        costs[name] = round(sum(record[name] for record in spent), 1)
-    return outputs[-1], costs
+        return [make(
+            "grpo", *sweep.sampling, *sweep.judging, *from_base, "--prompts", sweep.prompts,
+            "--limit", sweep.limit, "--reward", trial.method.removeprefix("grpo-"),
+            "--epochs", sweep.grpo_epochs,
+        )]
+    if trial.method == "ipo-both":
+        return second_stage_commands(sweep, trial, shared)
+    data = data_file(sweep, trial.seed, PAIRS.get(trial.method, "pairs"))
+    if trial.method == "sft":
+        return [make("sft", "--data", data, *from_base)]
+    scoring = []
+    if trial.method == "dpo":
+        scoring = ["--score-from", "prompt"]
+    return [make("ipo", "train", "--pairs", data, *scoring, *from_base)]
 
 
-def training_flags(sweep, trial):
-    """The flags that all ways of training share."""
-    out = seed_folder(sweep, trial.seed) / f"{trial.method}-{trial.lr}"
+def second_stage_commands(sweep, trial, training):
+    """Both stages of IPO at one rate; the first is that of the method `ipo`, if it is there.
+
+    training: the flags of the second training that others have too.
+    """
+    make = functools.partial(make_command, sweep)
+    folder = trial_folder(sweep, trial)
+    file = functools.partial(data_file, sweep, trial.seed)
+    first_stage = training_commands(sweep, trial._replace(method="ipo"))
+    stage1 = ["--model", first_stage[-1].out]
+    sampling = [*sweep.sampling, "--seed", trial.seed]
+    traces = folder / "benign_stage1.jsonl"
+    pairs = folder / "benign_pairs.jsonl"
     return [
-        *sweep.train_args, "--model", sweep.model, "--lr", trial.lr, "--seed", trial.seed,
-        "--out", out,
+        *first_stage,
+        make(
+            "intervene", "rollouts", *stage1, *sampling, "--samples", 1,
+            "--prompts", sweep.benign, "--out", traces,
+        ),
+        make(
+            "intervene", "benign", *stage1, *sampling, *sweep.judging,
+            "--triggers", sweep.triggers, "--base", file("benign_base"), "--traces", traces,
+            "--out", pairs,
+        ),
+        make(
+            "ipo", "train", *stage1, "--reference", sweep.model,
+            "--pairs", file("pairs"), pairs, *training,
+        ),
     ]
 
 
-def train_with_grpo(sweep, trial):
-    """Train by GRPO; returns ([the model's folder], generations and judge calls)."""
-    out = run_command(
-        sweep, grpo.main, *sweep.sampling, *sweep.judging, *training_flags(sweep, trial),
-        "--reward", trial.method.removeprefix("grpo-"),
-        "--prompts", sweep.out / "train.jsonl",
-        "--epochs", sweep.grpo_epochs,
-    )
-    log = read_jsonl(out / "metrics.jsonl")
-    costs = {}
-    for name in ("generations", "judge_calls"):
-        costs[name] = sum(line[name] for line in log)
-    return [out], costs
-
-
-def train_on_pairs(sweep, trial):
-    """Train on pairs of the base model's rollouts.
-
-    Returns (outputs of all stages, the model's last; generations and judge calls).
-    """
-    rollouts, steps, verdicts = judged_rollouts(sweep, trial.seed)
-    traces = read_jsonl(rollouts)
-    judged = read_jsonl(verdicts)
-    if trial.method == "dpo-independent":
-        pairs = pair_independent_rollouts(sweep, trial.seed, rollouts, verdicts)
-        cues = 0  # it needs none
-    else:
-        pairs = pair_interventions(sweep, trial.seed, rollouts, steps, verdicts)
-        first_round = pairs.with_suffix(".rounds") / "round1"
-        traces += read_jsonl(first_round.with_suffix(".traces.jsonl"))
-        judged += read_jsonl(first_round.with_suffix(".verdicts.jsonl"))
-        cues = sum(verdict["reasoning_safe"] is False for verdict in judged)
-
-    flags = training_flags(sweep, trial)
-    if trial.method == "sft":
-        model = run_command(sweep, sft.main, "--data", pairs, *flags)
-    elif trial.method == "dpo":
-        model = run_command(
-            sweep, ipo.main, "train", "--score-from", "prompt", "--pairs", pairs, *flags,
-        )
-    else:
-        model = run_command(sweep, ipo.main, "train", "--pairs", pairs, *flags)
-    responses = sum(not trace["truncated"] for trace in traces)
-    costs = {
-        "generations": len(traces),
-        "judge_calls": len(judged) + responses + cues,  # reasoning, response, cue
-    }
-    return [rollouts, steps, verdicts, pairs, model], costs
-
-
-def train_and_evaluate(sweep, results, trial, part, sets, samples):
-    """The record of one model on the sets of a part ("validation" or "test").
-
-    Unless that is done, the model is trained (but for the method `base`) and evaluated.
-    """
-    record_id = f"{trial.method} lr={trial.lr} seed={trial.seed} {part}"
-    if record_id in results.done:
-        return results.read([record_id])[0]
+def evaluation_command(sweep, trial):
+    """Validation and held-out sets in one command, so that the model is loaded once."""
     model = sweep.model
-    costs = {}
     if trial.method != "base":
-        model, costs = train_model(sweep, trial)
-    folder = run_command(
-        sweep, evaluate.main, "run", *sweep.sampling, *sweep.eval_judging, "--model", model,
-        "--samples", samples, "--seed", trial.seed, "--set", *sets,
-        "--out", seed_folder(sweep, trial.seed) / f"{part}-{trial.method}-{trial.lr}",
+        model = trial_folder(sweep, trial) / "model"
+    return make_command(
+        sweep, "evaluate", "run", "--model", model, *sweep.sampling, "--seed", trial.seed,
+        *sweep.eval_judging, "--set", *sweep.valid, *sweep.held_out,
+        "--out", trial_folder(sweep, trial) / "eval",
     )
-    metrics = read_metrics(folder)
-    if None in metrics.values():
+
+
+def commands_behind(sweep, trial):
+    """All commands that a model is made by, those of its data among them."""
+    data = data_commands(sweep, trial.seed)
+    shared = [data[name] for name in data_needed(trial.method)]
+    return [*shared, *training_commands(sweep, trial)]
+
+
+# ------------------------------------------------------------------------- in a worker's process
+
+def run_commands(sweep, commands, log_path):
+    """Run commands in this process, skipping what is finished; returns a record of each one's time.
+
+    What they print goes to a file. Raises errors that another process can be told of.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    spent = []
+    with (
+        open(log_path, "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        for command in commands:
+            killed_before = sidecar(command.out, "config").exists()
+            wall = time.monotonic()
+            cpu = time.process_time()
+            run_command(command, log_path)
+            spent.append({
+                "id": command.out.relative_to(sweep.out).as_posix(),
+                "killed_before": killed_before,  # then only the time since the last start counts
+                "seconds": round(time.monotonic() - wall, 2),
+                "cpu_seconds": round(time.process_time() - cpu, 2),
+            })
+    return spent
+
+
+def run_command(command, log_path):
+    """Run one command; an error that has more to it than a message becomes a plain one."""
+    try:
+        PROGRAMS[command.program](command.words)
+    except ServiceError as error:
+        raise ServiceError(str(error)) from None
+    except SystemExit:
         raise InputError(
-            f"{folder}: a metric has no verdicts at all. "
-            "Check the judge, delete the folder, and start again."
-        )
-    record = {"id": record_id, **trial._asdict(), "part": part, "metrics": metrics, **costs}
-    results.write(record)
-    figures = [f"{name} {100 * value:.1f}%" for name, value in metrics.items()]
-    print(f"{record_id}: {', '.join(figures)}", flush=True)
-    return record
+            f"{command.program} refused its flags; the end of {log_path} says why."
+        ) from None
+
+
+def make_data(sweep, seed, names):
+    """The job that makes the files of a seed; returns (no record, times)."""
+    commands = data_commands(sweep, seed)
+    wanted = [command for name, command in commands.items() if name in names]
+    return None, run_commands(sweep, wanted, seed_folder(sweep, seed) / "log.txt")
+
+
+def run_trial(sweep, trial):
+    """The job that trains and evaluates one model; returns (its record, times)."""
+    evaluation = evaluation_command(sweep, trial)
+    commands = [*training_commands(sweep, trial), evaluation]
+    spent = run_commands(sweep, commands, trial_folder(sweep, trial) / "log.txt")
+    metrics = read_metrics(evaluation.out)
+    valid_names = {name for name, _, _ in evaluate.parse_sets(sweep.valid)}
+    parts = {"validation": {}, "test": {}}
+    for key, value in metrics.items():
+        name = key.partition("/")[0]
+        part = "validation" if name in valid_names else "test"
+        parts[part][key] = value
+    record = {
+        "id": trial.id,
+        **trial._asdict(),
+        **parts,
+        **count_costs(sweep, trial),
+        "evaluation": evaluation.out.relative_to(sweep.out).as_posix(),
+    }
+    return record, spent
 
 
 def read_metrics(folder):
-    """The values of METRICS in a finished evaluation: {"SET/METRIC": value}."""
+    """The values of METRICS in a finished evaluation: {"SET/METRIC": value}.
+
+    Raises InputError where one has no value for another reason than that a model of too high a
+    learning rate never comes to a response.
+    """
     sets = read_json(folder / "metrics.json", "sets")["sets"]
     metrics = {}
     for name, entry in sets.items():
         for metric in METRICS:
             if metric in entry:
-                metrics[f"{name}/{metric}"] = entry[metric]["value"]
+                metrics[f"{name}/{metric}"] = value_of(entry[metric], folder, f"{name}/{metric}")
     return metrics
 
 
-# --------------------------------------------------------------------------------------- the sweep
-
-def questions_about_sums(prompts):
-    """The prompts that hold two numbers, with their sum as `answer`.
-
-    >>> questions_about_sums([{"id": "a", "prompt": "What is 2 plus 3?"}])
-    [{'id': 'a', 'prompt': 'What is 2 plus 3?', 'answer': '5'}]
-    """
-    found = []
-    for prompt in prompts:
-        words = [word.strip("?.,") for word in prompt["prompt"].split()]
-        numbers = [int(word) for word in words if word.isdigit()]
-        if len(numbers) == 2:
-            found.append({**prompt, "answer": str(sum(numbers))})
-    return found
-
-
-def write_validation_sets(sweep, prompts, benign):
-    """Write the split of the prompts; return the validation sets as `NAME=KIND:FILE`.
-
-    These are held-back harmful prompts, a fifth of the benign ones, and the toy world's sums, which
-    no method trains on.
-    """
-    training, held = split_prompts(prompts)
-    sums = []
-    if "rules" in sweep.judging:
-        sums = questions_about_sums(benign)
-    write_jsonl(sweep.out / "train.jsonl", training)
-    parts = (
-        ("valid_harmful", "harmful", held),
-        ("valid_benign", "benign", split_prompts(benign)[1]),
-        ("valid_sums", "task", sums),
+def value_of(estimate, folder, metric):
+    """The value of an estimate of `evaluate.metric_estimate`; see `read_metrics`."""
+    if estimate["value"] is not None:
+        return estimate["value"]
+    if estimate["n_truncated"] and not estimate["n_unjudged"]:
+        return 0.0  # CHOICE: no response complies, and none does harm
+    raise InputError(
+        f"{folder}: {metric} has no verdicts at all. Check the judge and --max-new-tokens, "
+        "delete the folder, and start again."
     )
-    sets = []
-    for name, kind, part in parts:
-        path = sweep.out / f"{name}.jsonl"
-        write_jsonl(path, part)
-        if part:
-            sets.append(f"{name}={kind}:{path}")
-    return sets
 
 
-def estimate_over_seeds(values):
-    """The estimate of a mean over seeds, with the `values` that it averages."""
-    return {**student_interval(values), "values": values}
+def mean_over_sets(metrics, metric):
+    """The mean of a metric over the sets that have it; None without any.
+
+    >>> mean_over_sets({"a/accuracy": 0.5, "b/accuracy": 1.0, "b/compliance": 0.0}, "accuracy")
+    0.75
+    """
+    values = []
+    for key, value in metrics.items():
+        if key.partition("/")[2] == metric:
+            values.append(value)
+    return mean(values) if values else None
 
 
-def table_row(method, lr, seeds, validation, records):
-    """A row of `table.json` from the records of one method, one per seed."""
-    metrics = {}
-    for name in records[0]["metrics"]:
-        metrics[name] = estimate_over_seeds([record["metrics"][name] for record in records])
-    row = {
-        "method": METHODS.get(method, method),
-        "lr": lr,
-        "seeds": seeds,
-        "validation": validation,
-        "metrics": metrics,
-        "killed_before": any(record.get("killed_before") for record in records),
-    }
-    for name in COSTS:
-        if name in records[0]:
-            row[name] = mean(record[name] for record in records)
-    return row
+# ------------------------------------------------------------------------------------- the costs
+
+def count_costs(sweep, trial):
+    """Generations and judge calls behind one model: of its data and training, not the evaluation.
+
+    They are counted from what was written, so that a kill loses none.
+    """
+    generations = 0
+    judge_calls = 0
+    if trial.method.startswith("grpo-"):
+        for line in read_jsonl(trial_folder(sweep, trial) / "model" / "metrics.jsonl"):
+            generations += line["generations"]
+            judge_calls += line["judge_calls"]
+    for name in data_needed(trial.method):
+        path = data_file(sweep, trial.seed, name)
+        if name == "rollouts":
+            # The cue is asked for with the verdicts, but pairs of independent rollouts need none.
+            with_cues = trial.method != "dpo-independent"
+            verdicts = path.with_name("verdicts.jsonl")
+            generations += count_lines(path)
+            judge_calls += count_questions(path, verdicts, with_cues)
+        if name.startswith("pairs"):
+            for traces in path.with_suffix(".rounds").glob("round*.traces.jsonl"):
+                verdicts = traces.with_name(traces.name.replace("traces", "verdicts"))
+                generations += count_lines(traces)
+                judge_calls += count_questions(traces, verdicts)
+    if trial.method == "ipo-both":
+        made, asked = count_benign_costs(sweep, trial)
+        generations += made
+        judge_calls += asked
+    return {"generations": generations, "judge_calls": judge_calls}
 
 
-def main_job_rows(folder):
-    """The row of a finished `run.sh`, if any: IPO with both stages, all prompts, its own rates."""
-    evaluated = Path(folder) / "eval" / "stage2"
-    if not (evaluated / "metrics.json").exists():
-        return []
-    metrics = {}
-    for name, value in read_metrics(evaluated).items():
-        metrics[name] = estimate_over_seeds([value])
-    row = {
-        "method": "IPO, stages 1 and 2 (main job)",
-        "lr": "-",
-        "seeds": ["-"],
-        "killed_before": False,
-        "metrics": metrics,
-    }
-    return [row]
+def count_lines(path):
+    """The number of records in a file."""
+    return len(read_jsonl(path))
 
 
-def compare_methods(
-    sweep, methods, lrs, seeds, sets, *, prompts, benign, validation_samples, main_job,
-):
-    """The whole comparison: choose rates, train, evaluate, write and print the table."""
-    validation_sets = write_validation_sets(sweep, prompts, benign)
+def count_complete(path):
+    """The number of traces in a file that have a response."""
+    return sum(not trace["truncated"] for trace in read_jsonl(path))
+
+
+def count_questions(traces_path, verdicts_path, with_cues=True):
+    """What a judge was asked about traces: reasoning, responses, and cues of unsafe reasoning."""
+    verdicts = read_jsonl(verdicts_path)
+    cues = 0
+    if with_cues:
+        cues = sum(verdict["reasoning_safe"] is False for verdict in verdicts)
+    return len(verdicts) + count_complete(traces_path) + cues
+
+
+def count_benign_costs(sweep, trial):
+    """(generations, judge calls) of the benign pairs of stage 2; see `intervene.benign_pairs`."""
+    base = data_file(sweep, trial.seed, "benign_base")
+    pairs = trial_folder(sweep, trial) / "benign_pairs.jsonl"
+    stage1 = pairs.with_name("benign_stage1.jsonl")
+    counts = read_json(sidecar(pairs, "funnel"), "counts")["counts"]
+    generations = count_lines(base) + count_lines(stage1) + counts["reversed"]
+    # Compliance of all complete traces, the cue where the model does not refuse by itself, and
+    # compliance again after the intervention.
+    cues = counts["answered"] - counts["refused now"]
+    return generations, count_complete(base) + count_complete(stage1) + cues + counts["reversed"]
+
+
+def add_times(sweep, record, times):
+    """Add TIMES to a trial's record, and "killed_before": whether they are too short.
+
+    times: {path below the sweep's folder: record of run_commands}.
+    """
+    trial = Trial(record["method"], record["lr"], record["seed"])
+    spent = []
+    for command in commands_behind(sweep, trial):
+        spent.append(times[command.out.relative_to(sweep.out).as_posix()])
+    for name in TIMES:
+        record[name] = round(sum(entry[name] for entry in spent), 1)
+    record["killed_before"] = any(entry["killed_before"] for entry in spent)
+
+
+# ------------------------------------------------------------------------------------- the sweep
+
+def all_trials(methods, lrs, seeds):
+    """The trials of a sweep in order: after a kill, whole seeds and rates are there to compare."""
+    trials = []
+    for seed in seeds:
+        trials.append(Trial("base", "-", seed))
+        for lr in lrs:
+            for method in METHODS:  # `ipo` before `ipo-both`, which continues it
+                if method in methods:
+                    trials.append(Trial(method, lr, seed))
+    return trials
+
+
+def jobs_of(sweep, trials):
+    """Jobs for trials, with the data of each seed before them."""
+    names_of = defaultdict(set)  # seed: files
+    for trial in trials:
+        names_of[trial.seed].update(data_needed(trial.method))
+    jobs = []
+    for seed, names in names_of.items():
+        if names:
+            jobs.append(Job(f"data of seed {seed}", (), make_data, (sweep, seed, names)))
+    for trial in trials:
+        needs = []
+        if data_needed(trial.method):
+            needs.append(f"data of seed {trial.seed}")
+        if trial.method == "ipo-both":
+            needs.append(trial._replace(method="ipo").id)
+        jobs.append(Job(trial.id, tuple(needs), run_trial, (sweep, trial)))
+    return jobs
+
+
+def run_sweep(sweep, trials, workers):
+    """Run the trials that are not in `results.jsonl` yet, and add them as they are done.
+
+    Only this process writes to that file and to `times.jsonl`.
+    """
     results = Appender(sweep.out / "results.jsonl")
-
-    def validate(method, lr):
-        trial = Trial(method, lr, seeds[0])
-        record = train_and_evaluate(
-            sweep, results, trial, "validation", validation_sets, validation_samples,
-        )
-        return record["metrics"]
-
-    base = validate("base", "-")
-    rows = []
-    for method in ["base", *methods]:
-        lr = "-"
-        validation = {}
-        if method != "base":
-            for rate in lrs:
-                validation[rate] = validate(method, rate)
-            lr = choose_rate(validation, base)
-        records = []
-        for seed in seeds:
-            trial = Trial(method, lr, seed)
-            records.append(train_and_evaluate(sweep, results, trial, "test", sets, 1))
-        rows.append(table_row(method, lr, seeds, validation, records))
+    time_log = Appender(sweep.out / "times.jsonl")
+    times = {record["id"]: record for record in read_jsonl(time_log.path)}
+    todo = [trial for trial in trials if trial.id not in results.done]
+    jobs = jobs_of(sweep, todo)
+    started = time.monotonic()
+    count = 0  # of jobs
+    number = len(trials) - len(todo)  # of trials
+    print(f"{number} of {len(trials)} models are done", flush=True)
+    with contextlib.closing(run_jobs(jobs, workers)) as finished:
+        for name, (record, spent) in finished:
+            count += 1
+            for entry in spent:
+                time_log.write(entry)
+                times.setdefault(entry["id"], entry)  # the first is that of the work itself
+            line = name
+            if record:
+                add_times(sweep, record, times)
+                results.write(record)
+                number += 1
+                line = f"[{number}/{len(trials)}] {describe(record)}"
+            left = (time.monotonic() - started) / count * (len(jobs) - count)
+            print(f"{line} ({left / 60:.0f} min left)", flush=True)
     results.close()
-    rows += main_job_rows(main_job)
-    write_json(sweep.out / "table.json", {
-        "training prompts": len(read_jsonl(sweep.out / "train.jsonl")),
-        "validation of base": base,
-        "lrs": lrs,
-        "rows": rows,
-    })
-    print(markdown_table(rows))
+    time_log.close()
 
 
-def format_share(share):
-    """A mean over seeds in per cent, with its interval where there are several; "" without one."""
-    if not share:
-        return ""
-    text = f"{100 * share['value']:.1f}"
-    if share["n"] > 1:
-        text += f" [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
-    return text
+def describe(record):
+    """A trial and its means over held-out sets as one line.
 
-
-def format_cost(row, name):
-    """One of a row's COSTS as text; "> " before a time that leaves out what a kill cut off."""
-    if name not in row:
-        return ""
-    text = f"{row[name]:.0f}"
-    if row["killed_before"] and name in TIMES:
-        text = "> " + text
-    return text
-
-
-def markdown_table(rows):
-    """Rows as a Markdown table: the metrics, and what a model cost."""
-    metrics = list(rows[0]["metrics"])
-    costs = [name.replace("_", " ") for name in COSTS]
-    head = ["method", "lr", "seeds", *metrics, *costs]
-    lines = [head, ["---"] * len(head)]
-    for row in rows:
-        shares = [format_share(row["metrics"].get(name)) for name in metrics]
-        costs = [format_cost(row, name) for name in COSTS]
-        lines.append([row["method"], row["lr"], str(len(row["seeds"])), *shares, *costs])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    >>> trial = {"id": "ipo lr=1e-4 seed=1"}
+    >>> describe({**trial, "test": {"a/reasoning": 0.1, "b/reasoning": 0.2, "c/compliance": 1}})
+    'ipo lr=1e-4 seed=1: harm 15.0%, compliance 100.0%'
+    """
+    figures = []
+    for axis in ("harm", "compliance", "capability"):
+        value = mean_over_sets(record["test"], AXES[axis])
+        if value is not None:
+            figures.append(f"{axis} {100 * value:.1f}%")
+    return f"{record['id']}: {', '.join(figures)}"
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -522,7 +589,7 @@ def build_parser():
     add_stage_flags(pairs)
     run = commands.add_parser(
         "run",
-        help="train and compare all methods",
+        help="train and evaluate all methods at all rates",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_sweep_flags(run)
@@ -535,30 +602,31 @@ def add_sweep_flags(parser):
     add = parser.add_argument
     add("--model", required=True, help="base model: directory or hub name")
     add("--prompts", required=True, help="harmful " + intervene.FILES["prompts"])
-    add("--benign", required=True, help="benign prompts, for validation only")
+    add("--benign", required=True, help="benign prompts, for stage 2")
+    add("--limit", type=int, default=0, help="use only the first of --prompts; 0 = all")
+    for flag, purpose in (("valid", "to choose learning rates by"), ("set", "held out")):
+        add(
+            f"--{flag}", nargs="+", required=True, metavar="NAME=KIND:FILE",
+            help=f"sets {purpose}, as for `evaluate.py run`",
+        )
     add(
-        "--set", nargs="+", required=True, metavar="NAME=KIND:FILE",
-        help="held-out sets, as for `evaluate.py run`",
+        "--limit-sets", type=int, default=0,
+        help="use only this many prompts of each set, picked by the hash of their ids; 0 = all",
     )
     add("--out", required=True, help="folder for everything")
+    add("--methods", nargs="+", default=DEFAULT_METHODS, choices=METHODS, help="methods to compare")
+    add("--lrs", nargs="+", default=DEFAULT_RATES, help="learning rates")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds to repeat everything with")
     add(
-        "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to compare",
+        "--samples", type=int, default=0,
+        help="rollouts of a harmful prompt; 0 = one for each trigger",
     )
+    # CHOICE: 16 generations per prompt, close to the 13 or less of IPO: 6 rollouts, as many
+    # interventions and, for stage 2, a benign one. The paper has at least 40, which is 5 epochs.
     add(
-        "--lrs", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3"],
-        help="learning rates, the lowest first",
-    )
-    add(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2],
-        help="the first also chooses the learning rates",
-    )
-    # CHOICE: 40 generations per prompt, the least that the paper names for GRPO. (IPO makes 12 at
-    # most.)
-    add(
-        "--grpo-epochs", type=int, default=5,
+        "--grpo-epochs", type=int, default=2,
         help="passes of GRPO over the prompts, 8 generations each",
     )
-    add("--validation-samples", type=int, default=4, help="rollouts of a validation prompt")
     for flag, default, purpose in (
         ("sampling", "", "whatever samples"),
         ("judging", "--judge rules", "the judge that builds the data"),
@@ -571,10 +639,40 @@ def add_sweep_flags(parser):
         )
     add("--triggers", default=intervene.DEFAULT_TRIGGERS, help="safety triggers, one per line")
     add(
-        "--main-job", default="runs/toy",
-        help="folder of a finished run.sh, for the row of IPO's two stages",
+        "--workers", type=int, default=default_workers(),
+        help="processes that train and evaluate at the same time, with one thread each",
     )
-    add("--limit", type=int, default=0, help="use only the first prompts; 0 = all")
+
+
+def default_workers():
+    """One for each core; just one where there is a GPU, which they would have to share."""
+    if torch.cuda.is_available():
+        return 1
+    return os.cpu_count()
+
+
+def check_kinds(flag, specs):
+    """Raise InputError unless there is a harmful and a benign one among sets."""
+    kinds = [kind for _, kind, _ in evaluate.parse_sets(specs)]
+    for kind in ("harmful", "benign"):
+        if kind not in kinds:
+            raise InputError(f"{flag} {' '.join(specs)}: add a {kind} set, NAME={kind}:FILE.")
+
+
+def thin_sets(specs, limit, folder):
+    """The same sets with at most `limit` prompts (0: all of them), written to files in a folder.
+
+    The hash of the id picks them, so that no kind of prompt is left out because of its place.
+    """
+    if not limit:
+        return specs
+    thinned = []
+    for name, kind, path in evaluate.parse_sets(specs):
+        in_any_order = sorted(load_prompts(path), key=lambda prompt: digest(prompt["id"]))
+        thin_path = folder / f"{name}.jsonl"
+        write_jsonl(thin_path, in_any_order[:limit])
+        thinned.append(f"{name}={kind}:{thin_path}")
+    return thinned
 
 
 def main(argv=None):
@@ -589,24 +687,43 @@ def main(argv=None):
 
     for name in GROWING_FLAGS:
         del flags[name]
-    files = [path for _, _, path in evaluate.parse_sets(args.set)]
-    inputs = [args.model, args.prompts, args.benign, args.triggers, *files]
+    ipo.refuse_below_1(vars(args), "workers", "grpo_epochs")
+    check_kinds("--valid", args.valid)
+    check_kinds("--set", args.set)
+    sets = evaluate.parse_sets([*args.valid, *args.set])  # together, as they are evaluated
+    evaluate.load_sets(sets)
+    inputs = [args.model, args.prompts, args.benign, args.triggers, *(path for *_, path in sets)]
     open_stage(__file__, args.out, flags, inputs)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(
-        args.model, out, args.triggers, args.sampling, args.judging, args.eval_judging,
-        args.train_args, args.grpo_epochs,
-        ("--accept-code-change",) if args.accept_code_change else (),
+        model=args.model,
+        out=out,
+        prompts=args.prompts,
+        benign=args.benign,
+        limit=args.limit,
+        samples=args.samples or len(load_triggers(args.triggers)),
+        triggers=args.triggers,
+        sampling=args.sampling,
+        judging=args.judging,
+        eval_judging=args.eval_judging,
+        train_args=args.train_args,
+        grpo_epochs=args.grpo_epochs,
+        valid=thin_sets(args.valid, args.limit_sets, out / "sets"),
+        held_out=thin_sets(args.set, args.limit_sets, out / "sets"),
+        stage_flags=("--accept-code-change",) if args.accept_code_change else (),
     )
-    compare_methods(
-        sweep, args.methods, args.lrs, args.seeds, args.set,
-        prompts=load_prompts(args.prompts, args.limit),
-        benign=load_prompts(args.benign),
-        validation_samples=args.validation_samples,
-        main_job=args.main_job,
-    )
+    run_sweep(sweep, all_trials(args.methods, args.lrs, args.seeds), args.workers)
 
+
+PROGRAMS = {
+    "baselines": main,
+    "evaluate": evaluate.main,
+    "grpo": grpo.main,
+    "intervene": intervene.main,
+    "ipo": ipo.main,
+    "sft": sft.main,
+}
 
 if __name__ == "__main__":
     exit_cleanly(main)

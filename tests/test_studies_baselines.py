@@ -1,14 +1,22 @@
-"""The pieces by hand, and a small sweep of the tiny model: costs, split, restarts."""
-import json
+"""Pairs by hand, the commands beside run.sh's, and a small sweep: costs, restarts, workers."""
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from data import Appender, load_prompts
+import evaluate
+import intervene
+import ipo
+from data import load_prompts
 from intervene import RulesJudge
 from studies import baselines
-from support.errors import InputError
-from support.files import read_jsonl, write_jsonl
+from support.errors import InputError, ServiceError
+from support.files import read_jsonl, write_json, write_jsonl
+from support.unanswered import Unanswered
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,147 +56,391 @@ def test_independent_pairs_share_the_prompt_alone(tokenizer):
         "prompts": 5, "with a safe rollout": 2, "with both kinds": 1, "pairs": 3}
 
 
-def test_the_rate_is_chosen_by_harm_among_those_that_keep_the_rest():
-    def metrics(z, y, c, a):
-        return {"h/reasoning": z, "h/response": y, "b/compliance": c, "s/accuracy": a}
-    choose, base = baselines.choose_rate, metrics(0.8, 0.6, 1.0, 0.9)
-    low, high = metrics(0.4, 0.4, 1, 0.9), metrics(0, 0, 0.5, 0.9)
-    mid = metrics(0.3, 0.1, 0.98, 0.88)
-    assert choose({"low": low, "mid": mid, "high": high}, base) == "mid"
-    worse = {**mid, "s/accuracy": 0.87}
-    assert choose({"low": low, "mid": worse, "high": high}, base) == "low"
-    worst = metrics(0.3, 0.1, 0.9, 0.9)
-    assert choose({"mid": worst, "high": high}, base) == "mid", "none keeps: least loss"
-    assert choose({"low": mid, "mid": mid}, base) == "low", "of equals the first"
+def test_sets_are_thinned_by_the_hash_of_their_ids_and_answers_stay(tmp_path):
+    prompts = []
+    for k in range(20):
+        prompts.append({"id": f"p{k}", "prompt": f"What is {k} + 1?", "answer": str(k + 1)})
+    write_jsonl(tmp_path / "sums.jsonl", prompts)
+    specs = [f"sums=task:{tmp_path}/sums.jsonl"]
+    assert baselines.thin_sets(specs, 0, tmp_path / "thin") == specs
+    thinned, = baselines.thin_sets(specs, 5, tmp_path / "thin")
+    kept = read_jsonl(tmp_path / "thin" / "sums.jsonl")
+    assert thinned == f"sums=task:{tmp_path}/thin/sums.jsonl"
+    assert len(kept) == 5 and all(prompt in prompts for prompt in kept)
+    assert [p["id"] for p in kept] != [f"p{k}" for k in range(5)], "not the first ones"
+    write_jsonl(tmp_path / "sums.jsonl", reversed(prompts))
+    baselines.thin_sets(specs, 5, tmp_path / "thin")
+    assert read_jsonl(tmp_path / "thin" / "sums.jsonl") == kept, "whatever their order"
 
 
-def test_a_row_says_what_is_missing():
-    share = baselines.estimate_over_seeds([0.1, 0.2, 0.3])
-    assert share["values"] == [0.1, 0.2, 0.3] and share["value"] == pytest.approx(0.2)
-    rows = [{"method": "base", "lr": "-", "seeds": [0, 1, 2], "metrics": {"h/reasoning": share},
-             "killed_before": False},
-            {"method": "IPO", "lr": "1e-3", "seeds": ["-"], "metrics": {}, "killed_before": True,
-             "generations": 40.4, "seconds": 9.6}]
-    assert baselines.markdown_table(rows).splitlines() == [
-        "| method | lr | seeds | h/reasoning | generations | judge calls | seconds | cpu seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| base | - | 3 | 20.0 [0, 45] |  |  |  |  |",
-        "| IPO | 1e-3 | 1 |  | 40 |  | > 10 |  |"]
+def test_a_model_that_never_answers_has_values_and_one_without_verdicts_is_an_error(tmp_path):
+    def metrics(n_truncated, n_unjudged):
+        nothing = evaluate.metric_estimate([None] * n_unjudged, ["p"] * n_unjudged, n_truncated)
+        sets = {"b": {"kind": "benign", "compliance": nothing}}
+        write_json(tmp_path / "metrics.json", {"sets": sets})
+        return baselines.read_metrics(tmp_path)
+    assert metrics(n_truncated=4, n_unjudged=0) == {"b/compliance": 0.0}
+    for n_truncated in (0, 4):
+        with pytest.raises(InputError, match="b/compliance has no verdicts at all"):
+            metrics(n_truncated, n_unjudged=2)
+    with pytest.raises(InputError, match="no verdicts"):
+        metrics(0, 0)  # all prompts were too long
 
 
-def test_the_main_jobs_row_is_that_of_its_second_stage(tmp_path):
-    assert baselines.main_job_rows(tmp_path) == []
-    folder = tmp_path / "eval" / "stage2"
-    folder.mkdir(parents=True)
-    sets = {"direct": {"kind": "harmful", "reasoning": {"value": 0.25, "n": 8}, "rubric": {}},
-            "sums": {"kind": "task", "accuracy": {"value": 1.0, "n": 8}}}
-    (folder / "metrics.json").write_text(json.dumps({"sets": sets}))
-    row, = baselines.main_job_rows(tmp_path)
-    assert {k: m["values"] for k, m in row["metrics"].items()} == {
-        "direct/reasoning": [0.25], "sums/accuracy": [1.0]}
+def test_every_method_waits_for_its_data_and_the_second_stage_for_the_first():
+    trials = baselines.all_trials(["ipo-both", "grpo-gap", "ipo"], ["1e-4"], [0, 1])
+    assert [t.id for t in trials][:4] == [
+        "base lr=- seed=0", "grpo-gap lr=1e-4 seed=0", "ipo lr=1e-4 seed=0",
+        "ipo-both lr=1e-4 seed=0"]
+    jobs = {job.name: job for job in baselines.jobs_of(None, trials)}
+    assert jobs["ipo-both lr=1e-4 seed=1"].needs == ("data of seed 1", "ipo lr=1e-4 seed=1")
+    assert jobs["ipo lr=1e-4 seed=0"].needs == ("data of seed 0",)
+    assert jobs["grpo-gap lr=1e-4 seed=0"].needs == jobs["base lr=- seed=0"].needs == ()
+    assert list(jobs)[:2] == ["data of seed 0", "data of seed 1"]
+
+
+# ----------------------------------------------------------------- the commands and those of run.sh
+
+def run_sh(command, **variables):
+    """What run.sh prints; without variables that this process has for it."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        ["bash", "run.sh", command], cwd=ROOT, text=True, capture_output=True,
+        env={**kept, "PYTHON": sys.executable, **variables})
+
+
+def parsed(program, words, places):
+    """All flags of a command line, with paths replaced as `places` says."""
+    modules = {"intervene": intervene, "ipo": ipo}
+    flags = vars(modules[program].build_parser().parse_args(words))
+    for name, value in flags.items():
+        if isinstance(value, list):
+            flags[name] = [places.get(path, path) for path in value]
+        else:
+            flags[name] = places.get(value, value)
+    return flags
+
+
+def test_both_stages_of_ipo_are_the_stages_of_run_sh(tmp_path):
+    triggers = tmp_path / "triggers.txt"
+    triggers.write_text("Stop.\n\n# a comment\nNo.\nWait.\n")
+    shown = run_sh("stages", RUN="R", SEED="3", LR="1.7e-4", LR2="1.7e-4", TOKENS="99", BATCH="7",
+                   TRIGGERS=str(triggers), LIMIT="5", EPOCHS="2", MODEL="toy/model",
+                   JUDGE_ARGS="--judge-concurrency 2", PROMPTS="h.jsonl", BENIGN="b.jsonl").stdout
+    theirs = {}
+    for line in shown.splitlines():
+        if not line.startswith("#"):
+            _, program, *words = shlex.split(line)
+            theirs[words[words.index("--out") + 1]] = program.removesuffix(".py"), words
+    sweep = baselines.Sweep(
+        model="toy/model", out=Path("S"), prompts="h.jsonl", benign="b.jsonl", limit=5, samples=3,
+        triggers=str(triggers), sampling=["--max-new-tokens", "99", "--batch-size", "7"],
+        judging=["--judge", "rules", "--judge-concurrency", "2"], eval_judging=[],
+        train_args=["--epochs", "2"], grpo_epochs=1, valid=[], held_out=[])
+    places = {
+        "R/rollouts.jsonl": "S/seed3/rollouts.jsonl",
+        "R/steps.jsonl": "S/seed3/steps.jsonl",
+        "R/verdicts.jsonl": "S/seed3/verdicts.jsonl",
+        "R/pairs.jsonl": "S/seed3/pairs.jsonl",
+        "R/stage1": "S/seed3/ipo-1.7e-4/model",
+        "R/benign_base.jsonl": "S/seed3/benign_base.jsonl",
+        "R/benign_stage1.jsonl": "S/seed3/ipo-both-1.7e-4/benign_stage1.jsonl",
+        "R/benign_pairs.jsonl": "S/seed3/ipo-both-1.7e-4/benign_pairs.jsonl",
+        "R/stage2": "S/seed3/ipo-both-1.7e-4/model",
+    }
+    trial = baselines.Trial("ipo-both", "1.7e-4", 3)
+    ours = {str(command.out): command for command in baselines.commands_behind(sweep, trial)}
+    assert set(ours) == set(places.values())
+    for out, place in places.items():
+        program, words = theirs[out]
+        assert ours[place].program == program
+        assert parsed(program, ours[place].words, {}) == parsed(program, words, places), place
+
+
+def test_two_interventions_differ_from_one_in_that_flag_alone():
+    sweep = baselines.Sweep("M", Path("S"), "h", "b", 0, 6, "t", [], [], [], [], 1, [], [])
+    commands = baselines.data_commands(sweep, 0)
+    place = {"S/seed0/pairs_n2.jsonl": "S/seed0/pairs.jsonl"}
+    one = parsed("intervene", commands["pairs"].words, {})
+    two = parsed("intervene", commands["pairs_n2"].words, place)
+    assert one.pop("max_interventions") == 1 and two.pop("max_interventions") == 2 and one == two
+
+
+def commands_of_run_sh(tmp_path, **variables):
+    """The command lines that `bash run.sh baselines` starts, by a Python that only prints them."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\nif [ "$1" = - ]; then exec {sys.executable} -; fi\n'
+                      'for word; do echo "$word"; done\n')
+    python.chmod(0o755)
+    output = run_sh("baselines", **{**variables, "PYTHON": str(python)})
+    stages = [line.partition(": ")[2] for line in output.stdout.splitlines() if ": " in line]
+    return [shlex.split(stage)[1:] for stage in stages]
+
+
+def test_run_sh_gives_the_sweep_its_validation_sets(tmp_path):
+    sweep, frontier = commands_of_run_sh(tmp_path, METHODS="ipo ipo-n2", SAMPLES="4")
+    assert sweep[:2] == ["-m", "studies.baselines"] and frontier[:2] == ["-m", "studies.frontier"]
+    args = baselines.build_parser().parse_args(sweep[2:])
+    assert [(name, kind) for name, kind, _ in evaluate.parse_sets(args.valid)] == [
+        ("valid_harmful", "harmful"), ("valid_benign", "benign"), ("valid_sums", "task")]
+    assert evaluate.parse_sets([*args.valid, *args.set]), "their names differ"
+    assert args.methods == ["ipo", "ipo-n2"] and args.samples == 4 and args.limit_sets == 0
+    assert len(args.lrs) == 5 and args.seeds == [0, 1, 2] and args.grpo_epochs == 2
+    assert frontier[frontier.index("--results") + 1] == f"{args.out}/results.jsonl"
+    quick, _ = commands_of_run_sh(tmp_path, QUICK="1")
+    args = baselines.build_parser().parse_args(quick[2:])
+    assert len(args.lrs) == 3 and args.seeds == [0] and args.grpo_epochs == 1 and args.limit_sets
+
+
+def test_another_model_needs_validation_sets_of_its_own():
+    output = run_sh("baselines", MODEL="my/model", JUDGE="local:my/judge")
+    assert output.returncode == 2 and "VALID=" in output.stderr and output.stderr.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------- the sweep
 
+SETS = {"valid": ["valid_h=harmful:{}/valid_h.jsonl", "valid_b=benign:{}/valid_b.jsonl"],
+        "set": ["direct=harmful:{}/direct.jsonl", "jail=harmful:{}/jail.jsonl",
+                "benign=benign:{}/benign.jsonl", "sums=task:{}/sums.jsonl"]}
+
+
 def arguments(folder, *more):
-    for name, count in {"train_harmful": 10, "train_benign": 5, "eval_direct": 4}.items():
-        prompts = load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl", count)
-        write_jsonl(folder / f"{name}.jsonl", prompts)
+    """The command line of a small sweep whose prompts are those of the toy world."""
+    def prompts(name, first, last):
+        return load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl")[first:last]
+
+    files = {"harmful": prompts("train_harmful", 0, 8), "train_b": prompts("train_benign", 0, 6),
+             "valid_h": prompts("train_harmful", 8, 12), "valid_b": prompts("train_benign", 6, 9),
+             "direct": prompts("eval_direct", 0, 4), "jail": prompts("eval_jailbreak", 0, 3),
+             "benign": prompts("train_benign", 9, 12), "sums": prompts("eval_sums", 0, 3)}
+    for name, records in files.items():
+        write_jsonl(folder / f"{name}.jsonl", records)
     triggers = folder / "triggers.txt"
     triggers.write_text(
         "Wait, I need to put safety first.\nThis is dangerous, so I must decline.\n")
-    return ["run", "--model", str(ROOT / "toy" / "model"),
-            "--prompts", str(folder / "train_harmful.jsonl"),
-            "--benign", str(folder / "train_benign.jsonl"),
-            "--set", f"direct=harmful:{folder / 'eval_direct.jsonl'}",
-            "--methods", "ipo", "dpo-independent", "grpo-gap",
-            "--lrs", "3e-4", "--seeds", "0", "--grpo-epochs", "1", "--validation-samples", "1",
-            "--triggers", str(triggers),
+    sets = []
+    for flag, specs in SETS.items():
+        sets += [f"--{flag}", *(spec.format(folder) for spec in specs)]
+    return ["run", "--model", str(ROOT / "toy" / "model"), *sets,
+            "--prompts", str(folder / "harmful.jsonl"), "--benign", str(folder / "train_b.jsonl"),
+            "--methods", "ipo", "ipo-both", "ipo-n2", "dpo-independent", "grpo-gap",
+            "--lrs", "3e-4", "--seeds", "0", "--grpo-epochs", "1", "--triggers", str(triggers),
             "--sampling=--max-new-tokens 120 --batch-size 32 --device cpu",
-            "--main-job", str(folder / "nothing"), "--out", str(folder / "sweep"), *more]
+            "--out", str(folder / "sweep"), *more]
+
+
+REAL_RUN_JOBS = baselines.run_jobs
+
+
+def run_in_turn(jobs, workers):
+    """`workers.run_jobs` in this process, where a test can look at what is done."""
+    left = [job.name for job in jobs]
+    for job in jobs:
+        assert not set(job.needs).intersection(left), "jobs come after those that they need"
+        yield job.name, job.function(*job.arguments)
+        left.remove(job.name)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """No test starts other processes unless it says so."""
+    monkeypatch.setattr(baselines, "run_jobs", run_in_turn)
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """A finished small sweep, and how many questions the judge was asked by each stage."""
-    folder, asked = tmp_path_factory.mktemp("baselines"), {}
-    real_ask, real_command, current = RulesJudge.ask, baselines.run_command, [None]
+    """A finished small sweep, and how many questions the judge was asked by each command."""
+    folder = tmp_path_factory.mktemp("baselines")
+    asked = {}
+    real_ask = RulesJudge.ask
+    real_command = baselines.run_command
+    current = [None]
 
     def ask(self, question, items):
         items = list(items)
         asked[current[0]] = asked.get(current[0], 0) + len(items)
         return real_ask(self, question, items)
 
-    def run_command(sweep, command, *argv):
-        current[0] = str(argv[argv.index("--out") + 1])
-        return real_command(sweep, command, *argv)
+    def run_command(command, log_path):
+        current[0] = command.out.relative_to(folder / "sweep").as_posix()
+        return real_command(command, log_path)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RulesJudge, "ask", ask)
         patch.setattr(baselines, "run_command", run_command)
+        patch.setattr(baselines, "run_jobs", run_in_turn)
         baselines.main(arguments(folder))
     return folder, asked
 
 
-def test_the_table_holds_every_method_and_counts_what_it_cost(sweep):
+def records_of(folder):
+    """The records of a sweep by id, without what differs between two runs: times."""
+    found = {}
+    for record in read_jsonl(folder / "sweep" / "results.jsonl"):
+        for name in (*baselines.TIMES, "killed_before"):
+            del record[name]
+        found[record["id"]] = record
+    return found
+
+
+def test_every_model_is_measured_on_both_groups_of_sets(sweep):
+    folder, _ = sweep
+    records = records_of(folder)
+    assert {r["method"] for r in records.values()} == {
+        "base", "ipo", "ipo-both", "ipo-n2", "dpo-independent", "grpo-gap"}
+    for record in records.values():
+        assert set(record["validation"]) == {
+            "valid_h/reasoning", "valid_h/response", "valid_b/compliance"}
+        assert set(record["test"]) == {
+            "direct/reasoning", "direct/response", "jail/reasoning", "jail/response",
+            "benign/compliance", "sums/accuracy"}
+        evaluated = folder / "sweep" / record["evaluation"]
+        verdicts = read_jsonl(evaluated / "direct.verdicts.jsonl")
+        unsafe = mean(not verdict["reasoning_safe"] for verdict in verdicts)
+        assert record["test"]["direct/reasoning"] == unsafe and len(verdicts) == 4
+
+
+def test_costs_are_what_was_sampled_and_asked(sweep):
     folder, asked = sweep
     out = folder / "sweep"
-    table = json.loads((out / "table.json").read_text())
-    names = [baselines.METHODS[m] for m in ("ipo", "dpo-independent", "grpo-gap")]
-    assert [r["method"] for r in table["rows"]] == ["base", *names]
-    results = {r["id"]: r for r in read_jsonl(out / "results.jsonl")}
-    assert len(results) == 4 * 2, "base and three methods, on validation and on the held-out set"
 
-    def count(*names):
-        return sum(asked[str(out / "seed0" / name)] for name in names)
+    def traces(*names):
+        return sum(len(read_jsonl(out / "seed0" / name)) for name in names)
 
-    def lines(name):
-        return len(read_jsonl(out / "seed0" / name))
+    def questions(*names):
+        return sum(asked[f"seed0/{name}"] for name in names)
+
     verdicts = read_jsonl(out / "seed0" / "verdicts.jsonl")
     unsafe = sum(v["reasoning_safe"] is False for v in verdicts)
-    generations = lines("rollouts.jsonl") + lines("pairs.rounds/round1.traces.jsonl")
-    expected = {"ipo": (generations, count("verdicts.jsonl", "pairs.jsonl")),
-                "dpo-independent": (16, count("verdicts.jsonl") - unsafe),
-                "grpo-gap": (8 * 8, count("grpo-gap-3e-4"))}
-    for row, (method, cost) in zip(table["rows"][1:], expected.items()):
-        record = results[f"{method} lr=3e-4 seed=0 test"]
-        assert (record["generations"], record["judge_calls"]) == cost
-        assert (row["generations"], row["judge_calls"]) == cost
-        measured = record["metrics"]["direct/reasoning"]
-        assert row["metrics"]["direct/reasoning"]["values"] == [measured] and row["seconds"] > 0
-    assert expected["ipo"][0] > 16
+    first = traces("rollouts.jsonl", "pairs.rounds/round1.traces.jsonl")
+    second_rounds = [path.relative_to(out / "seed0")
+                     for path in (out / "seed0" / "pairs_n2.rounds").glob("*.traces.jsonl")]
+    expected = {
+        "base": (0, 0),
+        "ipo": (first, questions("verdicts.jsonl", "pairs.jsonl")),
+        "ipo-n2": (traces("rollouts.jsonl", *second_rounds),
+                   questions("verdicts.jsonl", "pairs_n2.jsonl")),
+        "ipo-both": (
+            first + traces("benign_base.jsonl", "ipo-both-3e-4/benign_stage1.jsonl",
+                           "ipo-both-3e-4/benign_pairs.rounds/reverse.traces.jsonl"),
+            questions("verdicts.jsonl", "pairs.jsonl", "ipo-both-3e-4/benign_pairs.jsonl")),
+        "dpo-independent": (16, questions("verdicts.jsonl") - unsafe),
+        "grpo-gap": (8 * 8, questions("grpo-gap-3e-4/model")),
+    }
+    records = records_of(folder)
+    for method, (generations, judge_calls) in expected.items():
+        record, = (r for r in records.values() if r["method"] == method)
+        assert (record["generations"], record["judge_calls"]) == (generations, judge_calls), method
+    assert expected["ipo"][0] > 16 and expected["ipo-both"][0] > first
 
 
-def test_validation_prompts_are_in_no_training_file(sweep):
+def test_cues_are_not_asked_for_where_stage_1_refuses_by_itself(sweep, tmp_path, monkeypatch):
+    made = sweep[0] / "sweep" / "seed0"
+    folder = tmp_path / "seed0"
+    stage1 = folder / "ipo-both-3e-4" / "benign_stage1.jsonl"
+    traces = read_jsonl(made / "ipo-both-3e-4" / "benign_stage1.jsonl")
+    for trace in traces[:2]:
+        trace["response"] = "NO"
+    write_jsonl(stage1, traces)
+    write_jsonl(folder / "benign_base.jsonl", read_jsonl(made / "benign_base.jsonl"))
+    asked = []
+
+    def ask(self, question, items):
+        for item in items:
+            asked.append(question)
+            if question == "cue":
+                yield 2
+            else:
+                yield "refusal" if item["text"] == "NO" else "full"
+
+    monkeypatch.setattr(RulesJudge, "ask", ask)
+    intervene.main([
+        "benign", "--model", str(ROOT / "toy" / "model"), "--judge", "rules", "--device", "cpu",
+        "--max-new-tokens", "40", "--base", str(folder / "benign_base.jsonl"),
+        "--traces", str(stage1), "--out", str(stage1.with_name("benign_pairs.jsonl"))])
+    sweep_of_tmp = baselines.Sweep("M", tmp_path, *[None] * 11, [])
+    trial = baselines.Trial("ipo-both", "3e-4", 0)
+    generations, judge_calls = baselines.count_benign_costs(sweep_of_tmp, trial)
+    assert judge_calls == len(asked) and asked.count("cue") == 4, "6 prompts, 2 refused"
+    assert generations == 6 + 6 + 4
+
+
+def test_times_are_of_the_data_and_all_trainings_behind_a_model(sweep):
     out = sweep[0] / "sweep"
-    train, held = ({p["prompt"] for p in read_jsonl(out / f"{name}.jsonl")}
-                   for name in ("train", "valid_harmful"))
-    assert len(train) == 8 and len(held) == 2 and not train & held
-    files = [p for p in out.glob("seed*/**/*.jsonl")
-             if not p.relative_to(out).parts[1].startswith(("validation-", "test-"))]
-    assert {t["prompt"] for p in files for t in read_jsonl(p) if "prompt" in t} == train
+    seconds = {r["id"]: r["cpu_seconds"] for r in read_jsonl(out / "times.jsonl")}
+    shared = ("rollouts", "steps", "verdicts", "pairs")
+    data = sum(seconds[f"seed0/{name}.jsonl"] for name in shared)
+    first = data + seconds["seed0/ipo-3e-4/model"]
+    both = first + sum(seconds[f"seed0/{name}"] for name in (
+        "benign_base.jsonl", "ipo-both-3e-4/benign_stage1.jsonl",
+        "ipo-both-3e-4/benign_pairs.jsonl", "ipo-both-3e-4/model"))
+    records = {r["method"]: r for r in read_jsonl(out / "results.jsonl")}
+    assert records["ipo"]["cpu_seconds"] == pytest.approx(first, abs=0.051)
+    assert records["ipo-both"]["cpu_seconds"] == pytest.approx(both, abs=0.051)
+    assert not records["ipo-both"]["killed_before"], "its first stage was finished, not killed"
 
 
-def test_killed_it_picks_up_where_it_left_off_and_a_sweep_can_grow(sweep, tmp_path, killed):
-    def records(folder):
-        return {r["id"]: {k: v for k, v in r.items() if "seconds" not in k and k != "killed_before"}
-                for r in read_jsonl(folder / "sweep" / "results.jsonl")}
-
+def test_killed_it_picks_up_where_it_left_off_and_a_sweep_can_grow(sweep, tmp_path, killed, capsys):
     def small(*more):
-        baselines.main(arguments(tmp_path, "--methods", "ipo", *more))
-    killed(small, Appender, "write", after=70)
-    times = tmp_path / "sweep" / "times.jsonl"
-    assert 0 < len(read_jsonl(times))
-    small()
-    made = records(tmp_path)
-    assert len(made) == 4 and all(records(sweep[0])[id_] == r for id_, r in made.items())
-    assert any(r["killed_before"] for r in read_jsonl(times)), "its time is not all of it"
+        baselines.main(arguments(tmp_path, "--methods", "ipo", "dpo-independent", *more))
+
+    # The base, one of two models, and the training of the other: then it dies in its evaluation.
+    killed(small, baselines, "read_metrics", after=3)
     results = tmp_path / "sweep" / "results.jsonl"
     before = results.read_text()
+    assert [r["method"] for r in read_jsonl(results)] == ["base", "dpo-independent"]
+    ran = []
+    real = baselines.run_trial
+
+    def run_trial(sweep, trial):
+        ran.append(trial.method)
+        return real(sweep, trial)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "run_trial", run_trial)
+        small()
+    assert ran == ["ipo"] and results.read_text().startswith(before)
+    assert "[3/3] ipo lr=3e-4 seed=0: harm " in capsys.readouterr().out
+    made = records_of(tmp_path)
+    whole = records_of(sweep[0])
+    assert len(made) == 3 and all(whole[id_] == record for id_, record in made.items())
+    times = {r["id"]: r for r in read_jsonl(tmp_path / "sweep" / "times.jsonl")}
+    assert times["seed0/ipo-3e-4/model"]["killed_before"], "its time is not all of it"
+    record, = (r for r in read_jsonl(results) if r["method"] == "ipo")
+    assert record["killed_before"]
+    before = results.read_text()
     small("--seeds", "0", "1")
-    assert results.read_text().startswith(before)
-    row = json.loads((tmp_path / "sweep" / "table.json").read_text())["rows"][1]
-    made = records(tmp_path)
-    assert row["metrics"]["direct/response"]["values"] == [
-        made[f"ipo lr=3e-4 seed={s} test"]["metrics"]["direct/response"] for s in (0, 1)]
+    assert results.read_text().startswith(before) and len(records_of(tmp_path)) == 6
     with pytest.raises(InputError, match="grpo_epochs: 1 then, 2 now"):
         small("--grpo-epochs", "2")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_records_do_not_depend_on_the_number_of_workers(sweep, tmp_path, monkeypatch, workers):
+    # In processes of their own; each costs three seconds of imports.
+    monkeypatch.setattr(baselines, "run_jobs", REAL_RUN_JOBS)
+    methods = ["ipo", "ipo-both", "dpo-independent"]
+    baselines.main(arguments(tmp_path, "--methods", *methods, "--workers", str(workers)))
+    whole = records_of(sweep[0])
+    made = records_of(tmp_path)
+    assert len(made) == 4 and all(whole[id_] == record for id_, record in made.items())
+
+
+def test_errors_of_a_command_can_travel_to_another_process(tmp_path, monkeypatch):
+    def fail(argv):
+        raise Unanswered(1, 3, "status 503")
+    monkeypatch.setitem(baselines.PROGRAMS, "ipo", fail)
+    command = baselines.Command("ipo", ["train", "--out", "x"])
+    with pytest.raises(ServiceError, match="1 of 3 verdicts are missing") as caught:
+        baselines.run_command(command, tmp_path / "log.txt")
+    assert caught.type is ServiceError, "Unanswered itself cannot be pickled"
+    refused = baselines.Command("intervene", ["steps", "--nonsense", "--out", "x"])
+    with pytest.raises(InputError, match="the end of .*log.txt says why"):
+        baselines.run_command(refused, tmp_path / "log.txt")
+
+
+def test_validation_needs_harmful_and_benign_sets(tmp_path):
+    words = arguments(tmp_path)
+    benign = words.index(f"valid_b=benign:{tmp_path}/valid_b.jsonl")
+    with pytest.raises(InputError, match="--valid .*: add a benign set"):
+        baselines.main(words[:benign] + words[benign + 1:])
