@@ -224,7 +224,7 @@ case $command in
             exit 2
         fi
         if [ -n "${QUICK:-}" ]; then
-            SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 1e-4 3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1} limit_sets=60
+            SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 9e-5 1.3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1} limit_sets=60
         fi
         folder=${BASELINES:-runs/baselines}
         stages=()

@@ -48,7 +48,7 @@ METHODS = {
 }
 DEFAULT_METHODS = [method for method in METHODS if method != "ipo-n2"]
 # CHOICE: the paper gives no rates. These suit the tiny model: from hardly any effect to damage.
-DEFAULT_RATES = ["3e-5", "6e-5", "1e-4", "1.7e-4", "3e-4"]
+DEFAULT_RATES = ["4e-5", "6e-5", "9e-5", "1.3e-4", "2e-4"]
 AXES = {  # what a point says: the mean of a metric over the sets that have it
     "harm": "reasoning",
     "compliance": "compliance",
