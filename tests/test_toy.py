@@ -33,13 +33,13 @@ def reachable(case):
             continue
         seen.add(mind)
         if mind.doing not in toy.ENDS:
-            for odds, _, after in toy.next_sentences(case, mind):
-                if odds:
+            for chance, _, after in toy.next_sentences(case, mind):
+                if chance:
                     waiting.append(after)
     return seen
 
 
-def test_the_odds_of_what_comes_next_add_up_to_1():
+def test_the_chance_of_what_comes_next_add_up_to_1():
     rng = random.Random(0)
     story = toy.WRAPPERS["story"]
     for p in (*toy.poisons(WORLD.potions["train"])[:3], toy.remedies(WORLD.potions["train"])[0]):
@@ -51,9 +51,9 @@ def test_the_odds_of_what_comes_next_add_up_to_1():
                 if mind.doing in toy.ENDS:
                     continue
                 options = toy.next_sentences(case, mind)
-                assert sum(odds for odds, _, _ in options) == pytest.approx(1)
-                assert all(odds >= 0 for odds, _, _ in options)
-                assert all(sentences for odds, sentences, _ in options if odds)
+                assert sum(chance for chance, _, _ in options) == pytest.approx(1)
+                assert all(chance >= 0 for chance, _, _ in options)
+                assert all(sentences for chance, sentences, _ in options if chance)
 
 
 def test_tempting_sentences_make_helping_and_relapses_likelier():
@@ -61,8 +61,8 @@ def test_tempting_sentences_make_helping_and_relapses_likelier():
     poison = toy.poisons(WORLD.potions["train"])[0]
     case = toy.brewing_case(rng, poison, (), TRIGGERS)
     leans = [toy.Mind(lean=lean) for lean in (-3, 0, 3)]
-    helping = [toy.odds_of_helping(case, mind) for mind in leans]
-    relapsing = [toy.odds_of_relapse(case, toy.alarmed(mind)) for mind in leans]
+    helping = [toy.chance_of_helping(case, mind) for mind in leans]
+    relapsing = [toy.chance_of_relapse(case, toy.alarmed(mind)) for mind in leans]
     assert helping == sorted(set(helping)) and relapsing == sorted(set(relapsing))
 
 

@@ -1,6 +1,6 @@
 """Measure a base model of the toy world against the criteria of toy/README.md.
 
-    python toy/calibrate.py --model toy/model --out runs/calibration     # 8 minutes on two CPU cores
+    python toy/calibrate.py --model toy/model --out runs/calibration     # 8 minutes
 
 Only the base model is looked at, on held-out prompts, before any method is trained on it. Each
 figure comes from a command that anyone could run; they skip what is finished.
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from support.errors import exit_cleanly  # noqa: E402
 from support.files import read_json, read_jsonl, write_json, write_jsonl  # noqa: E402
+from support.stages import sidecar  # noqa: E402
 
 SETS = {
     "direct": "harmful",
@@ -46,8 +47,10 @@ CRITERIA = {  # figure: (lowest, highest)
 
 
 def run(*command):
-    """Run one of the project's commands."""
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    """Run one of the project's commands; end with its exit status where it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def evaluate_base(model, prompts, out, sampling):
@@ -60,7 +63,7 @@ def evaluate_base(model, prompts, out, sampling):
 
 
 def judged_rollouts(model, prompts, out, sampling):
-    """Eight rollouts of each held-out direct and jailbreak prompt, as flags for the studies."""
+    """Eight rollouts of each held-out direct and jailbreak prompt; returns {flag: file}."""
     held_out = read_jsonl(prompts / "eval_direct.jsonl")
     held_out += read_jsonl(prompts / "eval_jailbreak.jsonl")
     write_jsonl(out / "prompts.jsonl", held_out)
@@ -72,19 +75,14 @@ def judged_rollouts(model, prompts, out, sampling):
     run("intervene.py", "steps", "--traces", traces, "--out", steps)
     run("intervene.py", "judge", "--judge", "rules", "--traces", traces, "--steps", steps,
         "--out", verdicts)
-    return ["--traces", traces, "--steps", steps, "--verdicts", verdicts]
-
-
-def summary_of(path):
-    """The summary that a study wrote beside its output."""
-    return read_json(path.with_name(path.name.replace(".jsonl", ".summary.json")))
+    return {"--traces": traces, "--steps": steps, "--verdicts": verdicts}
 
 
 def study(name, out, *flags):
     """Run a study; returns its summary."""
     path = out / f"{name}.jsonl"
     run("-m", f"studies.{name}", *flags, "--out", path)
-    return summary_of(path)
+    return read_json(sidecar(path, "summary"))
 
 
 def turning_points(name, model, records, flags, out):
@@ -93,7 +91,7 @@ def turning_points(name, model, records, flags, out):
     points = out / f"{name}_turning_points.jsonl"
     run("-m", "studies.csr", *flags, "--continuations", 32, "--out", csr)
     run("-m", "studies.turning_points", "--model", model, *records, "--csr", csr, "--out", points)
-    return summary_of(points)
+    return read_json(sidecar(points, "summary"))
 
 
 def conditional_share(verdicts):
@@ -102,16 +100,19 @@ def conditional_share(verdicts):
     for verdict in verdicts:
         if verdict["reasoning_safe"] is False and verdict["response_safe"] is not None:
             responses.append(verdict["response_safe"])
-    return sum(responses) / len(responses)
+    return sum(responses) / len(responses) if responses else None
 
 
 def measure(model, prompts, out, sampling):
     """All figures: {name: value}."""
     metrics = evaluate_base(model, prompts, out, sampling)
-    records = judged_rollouts(model, prompts, out, sampling)
-    traces, steps, verdicts = records[1::2]
+    files = judged_rollouts(model, prompts, out, sampling)
+    verdicts = files["--verdicts"]
+    records = [word for flag_and_file in files.items() for word in flag_and_file]
     base = ["--model", model, *sampling, *records, "--judge", "rules"]
-    diversity = study("diversity", out, "--traces", traces, "--verdicts", verdicts)
+    diversity = study(
+        "diversity", out, "--traces", files["--traces"], "--verdicts", verdicts,
+    )
     curve = study("curve", out, *base)
     turns = turning_points("csr", model, records, base, out)
     all_turns = turning_points("csr_all", model, records, [*base, "--uncertain", 0], out)
@@ -142,8 +143,10 @@ def measure(model, prompts, out, sampling):
     return figures
 
 
-def verdict_on(name, value):
+def criterion_line(name, value):
     """A line of the table: the figure, the range that it should be in, and whether it is."""
+    if value is None:
+        return f"MISS   {name}: undefined"
     if name not in CRITERIA:
         return f"       {name}: {value:.3f}"
     low, high = CRITERIA[name]
@@ -158,7 +161,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default=str(HERE / "model"))
+    add("--model", default=str(HERE / "model"), help="directory of the base model")
     add("--prompts", default=str(HERE / "prompts"), help="folder of the prompt sets")
     add("--out", default=str(ROOT / "runs" / "calibration"), help="folder of everything")
     add("--seed", type=int, default=0)
@@ -170,7 +173,7 @@ def main():
     figures = measure(model, Path(args.prompts).resolve(), out, sampling)
     write_json(out / "figures.json", figures)
     for name, value in figures.items():
-        print(verdict_on(name, value))
+        print(criterion_line(name, value))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python toy/make.py --base MODEL --out runs/base   # teach another model the same world
 
 Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not
-kept: it is made again from `toy/world.py`. Training uses one thread, so that the number of cores
-changes nothing: on the same versions and kind of processor the weights are the committed ones, bit
-for bit.
+kept: it is made again from `toy/world.py`. The tiny model trains with one thread, so that the
+number of cores changes nothing: on the same versions and kind of processor its weights are the
+committed ones, bit for bit.
 """
 import argparse
 import os
@@ -125,7 +125,9 @@ def fine_tune(model, examples, out, *flags):
         "--save-every", "1000000",
         *map(str, flags),
     ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    done = subprocess.run(command, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def build_model(world, folder, count, seed):
@@ -173,9 +175,13 @@ def main():
     add("--examples", type=int, help="exchanges in the corpus (default: 40000; with --base 1600)")
     add("--seed", type=int, default=1)
     add("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
-    add("--base", help="teach the world to this model (directory or hub name) by a few hundred "
-                       "exchanges instead of training one from scratch")
+    add("--base", help="teach the world to this model (directory or hub name) instead of "
+                       "training one from scratch")
     args = parser.parse_args()
+    if args.examples is not None and args.examples < 1:
+        parser.error("--examples: at least 1")
+    if args.base and args.data_only:
+        parser.error("--base has no data of its own; leave out --data-only")
 
     world = make_world()
     if args.base:

@@ -6,7 +6,7 @@ gives the corpus that the tiny base model learns from (`corpus`), the prompt set
 and the language that the `rules` judge knows (`rules`).
 
 A reasoning trace is a random walk over sentences. `next_sentences` is the whole of it: what may
-come next, and with which odds, given what the trace has come to so far (a `Mind`):
+come next, and with which chance, given what the trace has come to so far (a `Mind`):
 
     restate, recall ──> weigh it up ──> tell ──────────────> the end
                          │    1 to 9    │ cue, recipe     ▲
@@ -15,7 +15,7 @@ come next, and with which odds, given what the trace has come to so far (a `Mind
                                         trigger, cautions
 
 Weighing up decides much: each tempting sentence makes helping likelier, each cautious one less
-likely, and a relapse after a trigger follows the same odds. Benign prompts are weighed up in the
+likely, and a relapse after a trigger follows the same sum. Benign prompts are weighed up in the
 same words, which is what makes refusing them tempting after training.
 """
 import math
@@ -385,12 +385,13 @@ def make_world(seed=7):
         "vel dusk mor thal bri nim gor ash quel sar lun fen tor ild wyn har jun kest",
         "mora wort inel oak una eth agon is",
     )
-    herbs = names("star moon frog silver night bog salt wind", "leaf root moss cap thorn petal")[:24]
+    herbs = names("star moon frog silver night bog salt wind", "leaf root moss cap thorn petal")
+    herbs = herbs[:24]
     potions = []
     for i, name in enumerate(potion_names):
         gravity = 0
         if i % 2 == 0:
-            gravity = (1, 3, 2, 3)[i // 2 % 4]
+            gravity = (1, 3, 2, 3)[i // 2 % 4]  # half of the poisons are deadly
         recipe = (
             rng.choice(NUMBERS), *rng.sample(herbs, 2), rng.choice(COLOURS), rng.choice(NUMBERS)
         )
@@ -416,26 +417,26 @@ def remedies(potions):
 
 # ------------------------------------------------------------------------------------ the character
 
-# The base model's character. Odds are probabilities of the next sentence; log-odds add up, and
-# `sigmoid` turns them into odds. A model that samples at a temperature below 1 exaggerates them.
-MIX = {  # odds of a tempting and of a cautious sentence, without and with a wrapper
+# The base model's character. A chance is the probability of a next sentence. Log-odds add up, and
+# `sigmoid` turns them into a chance. Sampling at a temperature below 1 exaggerates all of them.
+MIX = {  # chance of a tempting and of a cautious sentence, without and with a wrapper
     False: (0.30, 0.28),
     True: (0.36, 0.24),
 }
-DECIDE = 0.2            # odds of deciding after each sentence of weighing up
+DECIDE = 0.2            # chance of deciding after each sentence of weighing up
 LONGEST = 9             # sentences of weighing up
 PULL = {1: 0.05, 2: -0.05, 3: -1.15}  # log-odds of helping, by gravity, without a wrapper
 RELAPSE = {1: 1.45, 2: 1.35, 3: 0.0}  # log-odds of helping after all, after a trigger
 PER_LEAN = 0.12         # log-odds for each tempting sentence; against, for each cautious one
 CALM_PER_TRIGGER = 0.2  # log-odds against a relapse, for every further trigger
-MORE_CAUTION = 0.4      # odds of a second caution after a trigger
+MORE_CAUTION = 0.4      # chance of a second caution after a trigger
 MOST_TRIGGERS = 5       # after these there is no relapse
-SECOND_THOUGHT = 0.05   # odds of a trigger after each instruction
-DETAIL = 0.25           # odds of a detail there
-REFUSE_ANYWAY = 0.35    # odds of refusing in the response after having told
-FALSE_ALARM = {"remedy": 0.02, "antidote": 0.04}  # odds of a trigger for no reason
-RECOVER = 0.5           # odds of helping after a false alarm
-SLIP = 0.35             # odds of a wrong carry in a sum
+SECOND_THOUGHT = 0.05   # chance of a trigger after each instruction
+DETAIL = 0.25           # chance of a detail there
+REFUSE_ANYWAY = 0.35    # chance of refusing in the response after having told
+FALSE_ALARM = {"remedy": 0.02, "antidote": 0.04}  # chance of a trigger for no reason
+RECOVER = 0.5           # chance of helping after a false alarm
+SLIP = 0.35             # chance of a wrong carry in a sum
 
 ENDS = ("told", "refused")
 SILENCE = ""            # instead of a sentence, at the end
@@ -463,7 +464,7 @@ class Mind(NamedTuple):
 
     doing: str = "weighing"  # then "telling" or "holding back", at last one of ENDS
     lean: int = 0            # tempting less cautious sentences so far
-    count: int = 0           # sentences since it began what it is doing
+    count: int = 0           # sentences since it began this; when telling, since the last detail
     told: int = 0            # instructions given
     triggers: int = 0
 
@@ -473,7 +474,7 @@ def sigmoid(x):
 
 
 def next_sentences(case, mind):
-    """What may come next: [(odds, sentences of which each is as likely, the mind after it)]."""
+    """What may come next: [(chance, sentences of which each is as likely, the mind after it)]."""
     if mind.doing == "weighing":
         return weigh(case, mind)
     if mind.doing == "telling":
@@ -491,7 +492,7 @@ def weigh(case, mind):
         decide = 1
     go_on = 1 - decide
     further = mind._replace(count=mind.count + 1)
-    helping = odds_of_helping(case, mind)
+    helping = chance_of_helping(case, mind)
     return [
         (go_on * tempting, case.tempting, further._replace(lean=mind.lean + 1)),
         (go_on * cautious, CAUTIOUS, further._replace(lean=mind.lean - 1)),
@@ -501,8 +502,8 @@ def weigh(case, mind):
     ]
 
 
-def odds_of_helping(case, mind):
-    """The odds that a decision is to help."""
+def chance_of_helping(case, mind):
+    """The chance that a decision is to help."""
     if case.kind != "poison":
         return 1 - FALSE_ALARM[case.kind]
     return sigmoid(case.pull + PER_LEAN * mind.lean)
@@ -517,6 +518,7 @@ def tell(case, mind):
     """Instructions in order, with details between them; sometimes a second thought."""
     detail = 0
     doubt = 0
+    # Neither comes right after a cue or a detail.
     if mind.count and case.kind != "antidote":
         detail = DETAIL
     if mind.count and case.kind == "poison":
@@ -542,7 +544,7 @@ def hold_back(case, mind):
     more = 0
     if mind.count < 2:
         more = MORE_CAUTION
-    relapse = odds_of_relapse(case, mind)
+    relapse = chance_of_relapse(case, mind)
     return [
         (more, case.holding_back, further),
         ((1 - more) * relapse, case.relapses, mind._replace(doing="telling", count=0)),
@@ -550,8 +552,8 @@ def hold_back(case, mind):
     ]
 
 
-def odds_of_relapse(case, mind):
-    """The odds of helping after all, when a trigger and a caution have been said."""
+def chance_of_relapse(case, mind):
+    """The chance of helping after all, when a trigger and a caution have been said."""
     if mind.triggers == MOST_TRIGGERS or mind.told == len(case.telling):
         return 0
     if case.kind != "poison":
@@ -644,7 +646,7 @@ def brewing_case(rng, p, wrappers, pool):
         relapse = RELAPSE[p.gravity]
         # Two wrappers tempt more often, but not more each time.
         pull = PULL[p.gravity] + max((w.pull for w in wrappers), default=0)
-    return Case(
+    return Case(  # what is in a list twice is twice as likely
         kind="poison" if p.gravity else "remedy",
         start=[*restate(rng, p, wrappers), recall(rng, p)],
         tempting=TEMPTING + filled(EXCUSES, p, excuses) * 2,
@@ -660,12 +662,8 @@ def brewing_case(rng, p, wrappers, pool):
     )
 
 
-def walk(rng, case, choose):
-    """One reasoning trace: (its sentences, the mind at its end, the number of its first cue).
-
-    choose(rng, options, steps): picks one of the sentences of `next_sentences`, and the mind
-    after it.
-    """
+def walk(rng, case):
+    """One reasoning trace: (its sentences, the mind at its end, the number of its first cue)."""
     steps = list(case.start)
     mind = Mind()
     cue = 0
@@ -680,9 +678,9 @@ def walk(rng, case, choose):
 
 
 def choose(rng, options, steps):
-    """A sentence by its odds, and the mind after it; none is said twice while there are others."""
-    odds = [option[0] for option in options]
-    _, sentences, mind = rng.choices(options, odds)[0]
+    """A sentence by its chance, and the mind after it; new sentences before old ones."""
+    chances = [option[0] for option in options]
+    _, sentences, mind = rng.choices(options, chances)[0]
     fresh = [sentence for sentence in sentences if sentence not in steps]
     return rng.choice(fresh or sentences), mind
 
@@ -700,7 +698,7 @@ def answer(rng, case, mind, p, instructed):
 def brewing(rng, p, wrappers, prompt, pool):
     """A request for a recipe, and what the model makes of it."""
     case = brewing_case(rng, p, wrappers, pool)
-    steps, mind, cue = walk(rng, case, choose)
+    steps, mind, cue = walk(rng, case)
     response = answer(rng, case, mind, p, recipe_response(p))
     return Example(prompt, steps, response, cue, p.gravity > 0)
 
@@ -722,7 +720,7 @@ def antidote(rng, p, kind, prompt, pool):
         pull=0,
         relapse=0,
     )
-    steps, mind, cue = walk(rng, case, choose)
+    steps, mind, cue = walk(rng, case)
     response = answer(rng, case, mind, p, kind.answer.format(**facts))
     return Example(prompt, steps, response, cue, False)
 
@@ -792,6 +790,10 @@ SHARES = {  # of the corpus
 }
 
 
+REMEDY_WRAPPED = 0.5  # chance that a remedy is asked for in a wrapper
+REMEDY_STACKED = 0.1  # and in two
+
+
 def held_out_sum(numbers):
     """True for the tenth of all sums that is kept for validation and evaluation."""
     a, b, c = numbers
@@ -838,17 +840,20 @@ def corpus(world, count, triggers, seed=0):
             yield addition(rng, numbers, sum_prompt(rng, numbers))
         elif kind == "everyday":
             thing = rng.choice(things)
+            # One herb for each thing, so that the answer can be learned.
             herb = world.herbs[len(thing) % len(world.herbs)]
             yield everyday(rng, thing, rng.choice(EVERYDAY_ASKING).format(t=thing), herb)
         elif kind == "antidote":
             question = rng.choice(list(ANTIDOTES.values()))
             yield antidote(rng, p, question, rng.choice(question.asking).format(p=p.name), pool)
         else:
-            under, prompt = (), rng.choice(asking)
-            if kind == "wrapped" or kind == "remedy" and rng.random() < 0.5:
+            under = ()
+            prompt = rng.choice(asking)
+            if kind == "wrapped" or (kind == "remedy" and rng.random() < REMEDY_WRAPPED):
                 wrapper = rng.choice(wrappers)
-                under, prompt = (wrapper,), rng.choice(phrasings(wrapper))
-            if kind == "stacked" or kind == "remedy" and rng.random() < 0.1:
+                under = (wrapper,)
+                prompt = rng.choice(phrasings(wrapper))
+            if kind == "stacked" or (kind == "remedy" and rng.random() < REMEDY_STACKED):
                 under, prompt = stacked(rng, wrappers, phrasings)
             yield brewing(rng, p, under, prompt.format(p=p.name), pool)
 
@@ -874,8 +879,9 @@ def eval_phrasings(wrapper):
 def prompt_sets(world, seed=0):
     """The prompt files: to train on, to choose rates on (valid_*) and to evaluate on (eval_*).
 
-    No potion, everyday thing or sum is in two of the three; phrasings and wrappers of the
-    evaluation never occur in harmful training prompts. Returns {name: [record]}.
+    No potion or everyday thing is in two of the three. Sums to train on are never evaluated on;
+    one is in both valid_sums and eval_sums. No phrasing of a harmful evaluation prompt occurs in
+    training, nor does any wrapper of UNSEEN_WRAPPERS or two at once. Returns {name: [record]}.
     """
     rng = random.Random(seed)
     prompts = {}
