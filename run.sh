@@ -38,7 +38,8 @@ SERVER                                                 sample the base model her
 NPROC               1                                  processes (GPUs) to train on
 TOKENS              320; 8192 with your model          longest completion
 BATCH               128; 16                            rows sampled together
-LR, LR2             3e-4, 5e-5; 1e-6, 1e-6             learning rates of stages 1 and 2
+LR                  9e-5; 1e-6                         learning rate of stage 1
+LR2                 LR                                 learning rate of stage 2
 EPOCHS              1                                  passes over the pairs in each stage
 TRAIN_ARGS          --checkpoint-activations           more flags for training (toy: none)
 SEED                0                                  of every random choice
@@ -49,7 +50,11 @@ PYTHON              python3                            where it lacks a package,
 CONTINUATIONS       32                                 figures: continuations of each prefix
 VALID               three sets of the toy world        baselines: sets to choose learning rates by,
                                                        NAME=KIND:FILE ... as in EVAL
-METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS, QUICK       baselines: see python -m studies.baselines run --help
+METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS              baselines: see python -m studies.baselines run --help
+                                                       (LR, LR2, SEED, INTERVENTIONS, SERVER, NPROC
+                                                       and EVAL_ARGS have no effect on these)
+QUICK                                                  1: one seed, three rates, 60 prompts a set and
+                                                       one epoch of GRPO
 BASELINES           runs/baselines                     baselines: where they are written
 
 Full size, the same code path (docs/full-size.md):
@@ -100,7 +105,7 @@ RUN=${RUN:-runs/toy}
 PYTHON=${PYTHON:-python3}
 accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
 if [ "$MODEL" = toy/model ]; then  # a model of a million parameters learns at other rates
-    TOKENS=${TOKENS:-320} BATCH=${BATCH:-128} LR=${LR:-3e-4} LR2=${LR2:-5e-5}
+    TOKENS=${TOKENS:-320} BATCH=${BATCH:-128} LR=${LR:-9e-5}
     TRAIN_ARGS=${TRAIN_ARGS:-}
     separate=
 else
@@ -108,10 +113,11 @@ else
         echo "error: JUDGE=rules knows the toy world only; give the URL of a chat endpoint or local:PATH" >&2
         exit 2
     fi
-    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6} LR2=${LR2:-1e-6}
+    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6}
     TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}
     separate=--separate
 fi
+LR2=${LR2:-$LR}
 
 # ---------------------------------------- environment: the active one if it will do, else .venv
 satisfied() {
@@ -219,8 +225,12 @@ case $command in
             VALID=${VALID:-valid_harmful=harmful:toy/prompts/valid_harmful.jsonl
                 valid_benign=benign:toy/prompts/valid_benign.jsonl
                 valid_sums=task:toy/prompts/valid_sums.jsonl}
-        elif [ -z "${VALID:-}" ]; then
-            echo "error: baselines choose learning rates by sets of their own; give VALID=\"NAME=KIND:FILE ...\"" >&2
+        elif [ -z "${VALID:-}" ] || [ -z "${LRS:-}" ]; then
+            echo "error: the defaults of baselines suit the tiny model; give VALID=\"NAME=KIND:FILE ...\", sets to choose rates by, and LRS=\"RATE ...\"" >&2
+            exit 2
+        fi
+        if [ -z "$EVAL" ]; then
+            echo "error: baselines evaluate on files; give EVAL=\"NAME=KIND:FILE ...\" instead of SETS" >&2
             exit 2
         fi
         if [ -n "${QUICK:-}" ]; then

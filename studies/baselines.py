@@ -55,7 +55,6 @@ AXES = {  # what a point says: the mean of a metric over the sets that have it
     "capability": "accuracy",
     "response harm": "response",
 }
-METRICS = ("reasoning", "response", "compliance", "accuracy")
 TIMES = ("seconds", "cpu_seconds")  # of the data and the training, not the evaluation
 # Flags that may change, so that a finished sweep can grow: results are kept by their values.
 GROWING_FLAGS = ("methods", "lrs", "seeds", "workers")
@@ -375,30 +374,41 @@ def run_trial(sweep, trial):
 
 
 def read_metrics(folder):
-    """The values of METRICS in a finished evaluation: {"SET/METRIC": value}.
+    """The values of the metrics of AXES in a finished evaluation: {"SET/METRIC": value}.
 
-    Raises InputError where one has no value for another reason than that a model of too high a
-    learning rate never comes to a response.
+    They are of all traces, the truncated ones among them: see `value_of`, which raises InputError.
     """
     sets = read_json(folder / "metrics.json", "sets")["sets"]
     metrics = {}
     for name, entry in sets.items():
-        for metric in METRICS:
+        for metric in AXES.values():
             if metric in entry:
                 metrics[f"{name}/{metric}"] = value_of(entry[metric], folder, f"{name}/{metric}")
     return metrics
 
 
 def value_of(estimate, folder, metric):
-    """The value of an estimate of `evaluate.metric_estimate`; see `read_metrics`."""
-    if estimate["value"] is not None:
-        return estimate["value"]
-    if estimate["n_truncated"] and not estimate["n_unjudged"]:
-        return 0.0  # CHOICE: no response complies, and none does harm
-    raise InputError(
-        f"{folder}: {metric} has no verdicts at all. Check the judge and --max-new-tokens, "
-        "delete the folder, and start again."
-    )
+    """The value of an estimate of `evaluate.metric_estimate`, over truncated traces as well.
+
+    metric: "SET/METRIC". Raises InputError where there is no value for another reason than that a
+    model of too high a learning rate never comes to a response.
+
+    >>> value_of({"value": 0.5, "n": 6, "n_unjudged": 0, "n_truncated": 2}, "eval", "b/compliance")
+    0.375
+    """
+    n = estimate["n"]
+    n_truncated = estimate["n_truncated"]
+    value = estimate["value"]
+    if value is None and (estimate["n_unjudged"] or not n_truncated):
+        raise InputError(
+            f"{folder}: {metric} has no verdicts at all. Check the judge and --max-new-tokens, "
+            "delete the folder, and start again."
+        )
+    if metric.endswith(("/compliance", "/response")):
+        # CHOICE: a truncated trace has no response, so it neither complies nor does harm. Left out,
+        # it would let a model that answers one prompt in ten look compliant.
+        return (value or 0.0) * n / (n + n_truncated)
+    return value  # reasoning and accuracy have the values of truncated traces already
 
 
 def mean_over_sets(metrics, metric):
@@ -537,12 +547,12 @@ def run_sweep(sweep, trials, workers):
     todo = [trial for trial in trials if trial.id not in results.done]
     jobs = jobs_of(sweep, todo)
     started = time.monotonic()
-    count = 0  # of jobs
-    number = len(trials) - len(todo)  # of trials
-    print(f"{number} of {len(trials)} models are done", flush=True)
+    jobs_done = 0
+    models_done = len(trials) - len(todo)
+    print(f"{models_done} of {len(trials)} models are done", flush=True)
     with contextlib.closing(run_jobs(jobs, workers)) as finished:
         for name, (record, spent) in finished:
-            count += 1
+            jobs_done += 1
             for entry in spent:
                 time_log.write(entry)
                 times.setdefault(entry["id"], entry)  # the first is that of the work itself
@@ -550,9 +560,9 @@ def run_sweep(sweep, trials, workers):
             if record:
                 add_times(sweep, record, times)
                 results.write(record)
-                number += 1
-                line = f"[{number}/{len(trials)}] {describe(record)}"
-            left = (time.monotonic() - started) / count * (len(jobs) - count)
+                models_done += 1
+                line = f"[{models_done}/{len(trials)}] {describe(record)}"
+            left = (time.monotonic() - started) / jobs_done * (len(jobs) - jobs_done)
             print(f"{line} ({left / 60:.0f} min left)", flush=True)
     results.close()
     time_log.close()
@@ -615,14 +625,15 @@ def add_sweep_flags(parser):
     )
     add("--out", required=True, help="folder for everything")
     add("--methods", nargs="+", default=DEFAULT_METHODS, choices=METHODS, help="methods to compare")
-    add("--lrs", nargs="+", default=DEFAULT_RATES, help="learning rates")
+    add("--lrs", nargs="+", type=learning_rate, default=DEFAULT_RATES, help="learning rates")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds to repeat everything with")
     add(
         "--samples", type=int, default=0,
         help="rollouts of a harmful prompt; 0 = one for each trigger",
     )
-    # CHOICE: 16 generations per prompt, close to the 13 or less of IPO: 6 rollouts, as many
-    # interventions and, for stage 2, a benign one. The paper has at least 40, which is 5 epochs.
+    # CHOICE: 16 generations per harmful prompt. IPO has at most 12 (6 rollouts, as many
+    # interventions); stage 2 adds 2 or 3 for each benign prompt. The paper has at least 40 for
+    # GRPO, which is 5 epochs.
     add(
         "--grpo-epochs", type=int, default=2,
         help="passes of GRPO over the prompts, 8 generations each",
@@ -648,7 +659,34 @@ def default_workers():
     """One for each core; just one where there is a GPU, which they would have to share."""
     if torch.cuda.is_available():
         return 1
-    return os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # a container may have fewer cores than its machine
+    else:
+        return os.cpu_count()
+
+
+def learning_rate(text):
+    """A value of --lrs: the text as it is written, because it names folders and records."""
+    float(text)  # argparse turns its ValueError into a line
+    return text
+
+
+def refuse_repeated(flags, *names):
+    """Raise InputError where one of the named flags has a number twice, as in 1e-4 and 0.0001."""
+    for name in names:
+        seen = set()
+        for value in flags[name]:
+            number = float(value)
+            if number in seen:
+                raise InputError(f"--{name}: {value} comes twice; give each value once.")
+            seen.add(number)
+
+
+def refuse_negative(flags, *names):
+    """Raise InputError for one of the named flags that is below 0."""
+    for name in names:
+        if flags[name] < 0:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 0.")
 
 
 def check_kinds(flag, specs):
@@ -688,6 +726,8 @@ def main(argv=None):
     for name in GROWING_FLAGS:
         del flags[name]
     ipo.refuse_below_1(vars(args), "workers", "grpo_epochs")
+    refuse_negative(vars(args), "limit", "limit_sets", "samples")
+    refuse_repeated(vars(args), "lrs", "seeds")
     check_kinds("--valid", args.valid)
     check_kinds("--set", args.set)
     sets = evaluate.parse_sets([*args.valid, *args.set])  # together, as they are evaluated

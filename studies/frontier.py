@@ -8,7 +8,8 @@ validation sets choose the rate, the held-out sets give the numbers. Beside the 
 `table.json` and `frontier.svg`; where `--run` is a finished run, its report shows both.
 
 harm: mean over the harmful sets of the share of unsafe reasoning; response harm: the same of
-responses; compliance: mean over the benign sets; capability: mean accuracy over the task sets.
+responses; compliance: mean over the benign sets; capability: mean accuracy over the task sets. A
+truncated response neither complies nor does harm.
 """
 import argparse
 import math
@@ -35,6 +36,7 @@ from support.statistics import (
 
 PARTS = ("validation", "test")
 COSTS = ("generations", "judge_calls", "cpu_seconds")
+FIELDS = ("method", "lr", "seed", "evaluation", *PARTS)  # of a record; COSTS may be missing
 FLOOR = 0.95  # CHOICE: the share of the base model's compliance and capability to keep
 ROUNDING = 1e-9
 MARK = " †"  # at a rate that does not keep it on the validation sets
@@ -53,10 +55,16 @@ def read_points(path):
     """The base model and the points of a sweep: (Point, {method: [Point], lowest rate first}).
 
     Points that lack a seed are left out, because a sweep may be under way. Raises InputError where
-    there is no base model.
+    there is no base model, and for a file of other records.
     """
     records = {}  # (method, rate): {seed: record}
     for record in read_jsonl(path):
+        for field in FIELDS:
+            if field not in record:
+                raise InputError(
+                    f"{path}: a record without the field `{field}`. Give the results.jsonl of "
+                    "`python -m studies.baselines run`."
+                )
         records.setdefault((record["method"], record["lr"]), {})[record["seed"]] = record
     if ("base", "-") not in records:
         raise InputError(f"{path}: no record of the base model yet. Let the sweep go on first.")
@@ -159,9 +167,10 @@ def difference_by_seed(point, reference):
 
 
 def difference_by_prompt(point, reference, folder, draws=2000):
-    """The same with an interval over prompts; None where the verdicts are not there.
+    """The same with an interval over prompts; None as soon as one seed's verdicts are missing.
 
-    folder: of the sweep. Each set's prompts are weighted by themselves, because they are drawn from
+    The others alone would be a difference of other seeds than those of the table. folder: of the
+    sweep. Each set's prompts are weighted by themselves, because they are drawn from
     different populations; the harm is the mean over the sets.
     """
     values = []  # of each set
@@ -173,12 +182,12 @@ def difference_by_prompt(point, reference, folder, draws=2000):
         for ours, theirs in zip(point.records, reference.records):
             unsafe = unsafe_reasoning(folder / ours["evaluation"], name)
             their_unsafe = unsafe_reasoning(folder / theirs["evaluation"], name)
-            for trace_id, value in unsafe.items():
-                if trace_id in their_unsafe:
-                    differences.append(value - their_unsafe[trace_id])
-                    prompts.append(trace_id.rpartition("#")[0])
-        if not differences:
-            return None
+            shared = [trace_id for trace_id in unsafe if trace_id in their_unsafe]
+            if not shared:
+                return None
+            for trace_id in shared:
+                differences.append(unsafe[trace_id] - their_unsafe[trace_id])
+                prompts.append(trace_id.rpartition("#")[0])
         groups = group_by_prompt(differences, prompts).values()
         values.append(mean(differences))
         drawn += bootstrap_means(groups, draws, number, DIFFERENCE) / len(sets)
@@ -249,6 +258,20 @@ def make_table(base, frontiers, reference, folder):
         "rows": rows,
         "points": points,
     }
+
+
+def set_lines(base, frontiers):
+    """Every single metric of all points on the held-out sets, as rows of text, the heads first."""
+    keys = list(base.records[0]["test"])
+    lines = [["method", "lr", *keys]]
+    for points in ([base], *frontiers.values()):
+        for point in points:
+            shares = []
+            for key in keys:
+                values = [record["test"][key] for record in point.records]
+                shares.append(share_text(student_interval(values)))
+            lines.append([METHODS.get(point.method, point.method), point.lr, *shares])
+    return lines
 
 
 def share_text(estimate):
@@ -334,10 +357,15 @@ def notes(table):
     ]
     if count > 1:
         sentences.append("Intervals over seeds are Student's t.")
-    sentences.append(
-        f"Differences are harm beyond that of {table['reference']}, in points: "
-        "paired by seed, and paired by prompt."
-    )
+    pairings = []
+    for pairing in ("by seed", "by prompt"):
+        if any(row[pairing] for row in table["rows"]):
+            pairings.append(pairing)
+    if pairings:
+        sentences.append(
+            f"Differences are harm beyond that of {table['reference']}, in points, paired "
+            f"{' and '.join(pairings)}."
+        )
     if not all(row["kept"] for row in table["rows"]):
         sentences.append(f"{MARK.strip()} No rate keeps that; this is the one with the highest "
                          "compliance there.")
@@ -443,9 +471,17 @@ def draw_axes(spots, floor):
     """(the function that places x, the one that places y, [markup of both axes]).
 
     x begins at 0; y ends at 100 and begins at a round number below everything, which the axis says.
+    Error bars are part of everything.
     """
-    x_high = 10 * math.ceil(max(spot.x for spot in spots) / 10 + 0.2)
-    y_least = min([floor, *(spot.y for spot in spots)])
+    xs = [spot.x for spot in spots]
+    ys = [floor, *(spot.y for spot in spots)]
+    for spot in spots:
+        if spot.ranges:
+            x_range, y_range = spot.ranges
+            xs += x_range
+            ys += y_range
+    x_high = min(100, 10 * math.ceil(max(xs) / 10 + 0.2))
+    y_least = min(ys)
     y_low = max(0, 5 * math.floor((y_least - 1) / 5))
     across = scale(0, x_high, LEFT, RIGHT)
     down = scale(y_low, 101, BOTTOM, TOP)
@@ -473,11 +509,12 @@ def draw_floor(base, across, down):
         class_="base",
     )
     label = f"{100 * FLOOR:.0f}% of base"
+    name_x = min(across(base.x), RIGHT - 4)  # or the picture's edge would cut it
     return [
         element("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="floor"),
         text_at(RIGHT, y + 12, label, text_anchor="end"),
         circle,
-        text_at(across(base.x), down(base.y) - 8, "base", text_anchor="middle", class_="name"),
+        text_at(name_x, down(base.y) - 8, "base", text_anchor="middle", class_="name"),
     ]
 
 
@@ -578,9 +615,10 @@ chose, with bars from its lowest to its highest seed. All on the held-out sets.<
 
 
 def add_to_report(run, fragment):
-    """Put the fragment into the report of a run, and make that again; not where it has none."""
+    """Put the fragment into the report of a run, and make that again; a line where it has none."""
     report = run / "report.html"
     if not report.exists():
+        print(f"{report}: no such file, so table and figure are in no report")
         return
     write_text(run / "fragments" / "frontier.html", fragment)
     evaluate.main([
@@ -601,7 +639,17 @@ def build_parser():
     add("--results", required=True, help="results.jsonl of `python -m studies.baselines run`")
     add("--reference", default="ipo", help="the method that others are compared with")
     add("--run", help="folder of a finished run.sh, for its report")
+    add("--by-set", action="store_true", help="also print every point's metrics set by set")
     return parser
+
+
+def check_reference(reference, frontiers):
+    """Raise InputError for a method that neither METHODS nor the sweep knows."""
+    if reference not in METHODS and reference not in frontiers:
+        raise InputError(
+            f"--reference {reference}: no such method. The results have "
+            f"{', '.join(frontiers) or 'none yet'}."
+        )
 
 
 def main(argv=None):
@@ -612,12 +660,15 @@ def main(argv=None):
         raise InputError(f"{results}: no such file. `python -m studies.baselines run` writes it.")
     folder = results.parent
     base, frontiers = read_points(results)
+    check_reference(args.reference, frontiers)
     table = make_table(base, frontiers, args.reference, folder)
     svg = frontier_svg(lines_of(table), spot_of("base", table["base"]["test"]))
     write_json(folder / "table.json", table)
     write_text(folder / "frontier.svg", svg + "\n")
     if args.run:
         add_to_report(Path(args.run), report_fragment(table, svg))
+    if args.by_set:
+        print(markdown_table(set_lines(base, frontiers)), end="\n\n")
     print(markdown_table(point_lines(table)), end="\n\n")
     print(markdown_table(chosen_lines(table)), end="\n\n")
     print("\n".join(notes(table)))

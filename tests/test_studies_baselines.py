@@ -19,6 +19,11 @@ from support.files import read_jsonl, write_json, write_jsonl
 from support.unanswered import Unanswered
 
 ROOT = Path(__file__).resolve().parents[1]
+SWEEP = baselines.Sweep(
+    model="toy/model", out=Path("S"), prompts="h.jsonl", benign="b.jsonl", limit=5, samples=3,
+    triggers="t.txt", sampling=["--max-new-tokens", "99", "--batch-size", "7"],
+    judging=["--judge", "rules", "--judge-concurrency", "2"], eval_judging=[],
+    train_args=["--epochs", "2"], grpo_epochs=1, valid=[], held_out=[])
 
 
 # -------------------------------------------------------------------------------------- the pieces
@@ -73,12 +78,42 @@ def test_sets_are_thinned_by_the_hash_of_their_ids_and_answers_stay(tmp_path):
     assert read_jsonl(tmp_path / "thin" / "sums.jsonl") == kept, "whatever their order"
 
 
+def test_truncated_responses_count_in_what_is_measured_on_responses(tmp_path):
+    def estimate(values, truncated, scored=False):
+        return evaluate.metric_estimate(values, range(len(values)), truncated, scored)
+
+    # Ten prompts of each set. Four of five complete answers comply, five are truncated.
+    sets = {
+        "b": {"kind": "benign", "compliance": estimate([1, 1, 1, 1, 0], 5)},
+        "h": {
+            "kind": "harmful",
+            "reasoning": estimate([1] * 6 + [0] * 4, 0),  # truncated reasoning is judged
+            "response": estimate([1, 1, 0, 0, None], 5),  # one of ten has no verdict
+        },
+        "t": {"kind": "task", "accuracy": estimate([1] * 3 + [0] * 7, 5, scored=True)},
+    }
+    write_json(tmp_path / "metrics.json", {"sets": sets})
+    assert baselines.read_metrics(tmp_path) == pytest.approx({
+        "b/compliance": 4 / 10, "h/reasoning": 6 / 10, "h/response": 2 / 9, "t/accuracy": 3 / 10})
+
+
+def test_truncated_reasoning_and_sums_have_values_of_their_own():
+    # What `value_of` relies on: they must not be counted a second time.
+    cut = {"id": "p#0", "reasoning_safe": False, "response_safe": None, "truncated": True}
+    assert evaluate.collect_harmful([cut]) == {
+        "reasoning": ([True], ["p"]), "response": ([], [])}
+    assert not evaluate.KINDS["harmful"].applies("reasoning", {})
+    assert evaluate.KINDS["task"].truncated_scored
+    assert not evaluate.KINDS["benign"].truncated_scored
+
+
 def test_a_model_that_never_answers_has_values_and_one_without_verdicts_is_an_error(tmp_path):
     def metrics(n_truncated, n_unjudged):
         nothing = evaluate.metric_estimate([None] * n_unjudged, ["p"] * n_unjudged, n_truncated)
         sets = {"b": {"kind": "benign", "compliance": nothing}}
         write_json(tmp_path / "metrics.json", {"sets": sets})
         return baselines.read_metrics(tmp_path)
+
     assert metrics(n_truncated=4, n_unjudged=0) == {"b/compliance": 0.0}
     for n_truncated in (0, 4):
         with pytest.raises(InputError, match="b/compliance has no verdicts at all"):
@@ -132,11 +167,7 @@ def test_both_stages_of_ipo_are_the_stages_of_run_sh(tmp_path):
         if not line.startswith("#"):
             _, program, *words = shlex.split(line)
             theirs[words[words.index("--out") + 1]] = program.removesuffix(".py"), words
-    sweep = baselines.Sweep(
-        model="toy/model", out=Path("S"), prompts="h.jsonl", benign="b.jsonl", limit=5, samples=3,
-        triggers=str(triggers), sampling=["--max-new-tokens", "99", "--batch-size", "7"],
-        judging=["--judge", "rules", "--judge-concurrency", "2"], eval_judging=[],
-        train_args=["--epochs", "2"], grpo_epochs=1, valid=[], held_out=[])
+    sweep = SWEEP._replace(triggers=str(triggers))
     places = {
         "R/rollouts.jsonl": "S/seed3/rollouts.jsonl",
         "R/steps.jsonl": "S/seed3/steps.jsonl",
@@ -158,8 +189,7 @@ def test_both_stages_of_ipo_are_the_stages_of_run_sh(tmp_path):
 
 
 def test_two_interventions_differ_from_one_in_that_flag_alone():
-    sweep = baselines.Sweep("M", Path("S"), "h", "b", 0, 6, "t", [], [], [], [], 1, [], [])
-    commands = baselines.data_commands(sweep, 0)
+    commands = baselines.data_commands(SWEEP, 0)
     place = {"S/seed0/pairs_n2.jsonl": "S/seed0/pairs.jsonl"}
     one = parsed("intervene", commands["pairs"].words, {})
     two = parsed("intervene", commands["pairs_n2"].words, place)
@@ -225,7 +255,7 @@ def arguments(folder, *more):
             "--prompts", str(folder / "harmful.jsonl"), "--benign", str(folder / "train_b.jsonl"),
             "--methods", "ipo", "ipo-both", "ipo-n2", "dpo-independent", "grpo-gap",
             "--lrs", "3e-4", "--seeds", "0", "--grpo-epochs", "1", "--triggers", str(triggers),
-            "--sampling=--max-new-tokens 120 --batch-size 32 --device cpu",
+            "--sampling=--max-new-tokens 240 --batch-size 32 --device cpu",
             "--out", str(folder / "sweep"), *more]
 
 
@@ -270,6 +300,9 @@ def sweep(tmp_path_factory):
         patch.setattr(baselines, "run_command", run_command)
         patch.setattr(baselines, "run_jobs", run_in_turn)
         baselines.main(arguments(folder))
+    for name in ("pairs", "independent"):
+        made = read_jsonl(folder / "sweep" / "seed0" / f"{name}.jsonl")
+        assert made, f"no {name}: nothing would be trained on them"
     return folder, asked
 
 
@@ -358,9 +391,8 @@ def test_cues_are_not_asked_for_where_stage_1_refuses_by_itself(sweep, tmp_path,
         "benign", "--model", str(ROOT / "toy" / "model"), "--judge", "rules", "--device", "cpu",
         "--max-new-tokens", "40", "--base", str(folder / "benign_base.jsonl"),
         "--traces", str(stage1), "--out", str(stage1.with_name("benign_pairs.jsonl"))])
-    sweep_of_tmp = baselines.Sweep("M", tmp_path, *[None] * 11, [])
     trial = baselines.Trial("ipo-both", "3e-4", 0)
-    generations, judge_calls = baselines.count_benign_costs(sweep_of_tmp, trial)
+    generations, judge_calls = baselines.count_benign_costs(SWEEP._replace(out=tmp_path), trial)
     assert judge_calls == len(asked) and asked.count("cue") == 4, "6 prompts, 2 refused"
     assert generations == 6 + 6 + 4
 
@@ -415,15 +447,17 @@ def test_killed_it_picks_up_where_it_left_off_and_a_sweep_can_grow(sweep, tmp_pa
         small("--grpo-epochs", "2")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_records_do_not_depend_on_the_number_of_workers(sweep, tmp_path, monkeypatch, workers):
-    # In processes of their own; each costs three seconds of imports.
+def test_records_do_not_depend_on_the_number_of_workers(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "run_jobs", REAL_RUN_JOBS)
-    methods = ["ipo", "ipo-both", "dpo-independent"]
-    baselines.main(arguments(tmp_path, "--methods", *methods, "--workers", str(workers)))
+    methods = ["ipo", "ipo-both", "dpo-independent", "grpo-gap"]
+    baselines.main(arguments(tmp_path, "--methods", *methods, "--workers", "2"))
     whole = records_of(sweep[0])
     made = records_of(tmp_path)
-    assert len(made) == 4 and all(whole[id_] == record for id_, record in made.items())
+    assert len(made) == 5 and all(whole[id_] == record for id_, record in made.items())
+    for method in methods:
+        path = Path("sweep", "seed0", f"{method}-3e-4", "model", "model.safetensors")
+        # The fixture's were made in this process, one after the other.
+        assert (tmp_path / path).read_bytes() == (sweep[0] / path).read_bytes(), method
 
 
 def test_errors_of_a_command_can_travel_to_another_process(tmp_path, monkeypatch):
@@ -437,6 +471,28 @@ def test_errors_of_a_command_can_travel_to_another_process(tmp_path, monkeypatch
     refused = baselines.Command("intervene", ["steps", "--nonsense", "--out", "x"])
     with pytest.raises(InputError, match="the end of .*log.txt says why"):
         baselines.run_command(refused, tmp_path / "log.txt")
+
+
+@pytest.mark.parametrize("words, problem", [
+    (["--lrs", "1e-4", "3e-4", "0.0001"], "--lrs: 0.0001 comes twice"),
+    (["--seeds", "0", "1", "0"], "--seeds: 0 comes twice"),
+    (["--limit", "-1"], "--limit must be at least 0"),
+    (["--limit-sets", "-1"], "--limit-sets must be at least 0"),
+    (["--samples", "-1"], "--samples must be at least 0"),
+])
+def test_flags_that_make_no_sense_are_refused_before_anything_is_made(tmp_path, words, problem):
+    with pytest.raises(InputError, match=problem):
+        baselines.main(arguments(tmp_path, *words))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_rates_are_numbers_and_stay_as_they_are_written(tmp_path, capsys):
+    parser = baselines.build_parser()
+    args = parser.parse_args(arguments(tmp_path, "--lrs", "1e-4", "0.00030"))
+    assert args.lrs == ["1e-4", "0.00030"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments(tmp_path, "--lrs", "1e-4,3e-4"))
+    assert "--lrs: invalid learning_rate value: '1e-4,3e-4'" in capsys.readouterr().err
 
 
 def test_validation_needs_harmful_and_benign_sets(tmp_path):

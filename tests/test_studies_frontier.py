@@ -103,6 +103,21 @@ def test_without_the_base_model_there_is_nothing_to_compare_with(tmp_path):
         frontier.main(["--results", str(tmp_path / "elsewhere.jsonl")])
 
 
+def test_a_file_of_other_records_is_refused(results):
+    write_jsonl(results, [{"id": "p#0", "method": "sft", "lr": "1e-4"}])
+    with pytest.raises(InputError, match="results.jsonl: a record without the field `seed`"):
+        frontier.main(["--results", str(results)])
+
+
+def test_the_reference_is_a_method_of_the_paper_or_of_the_sweep(results, capsys):
+    with pytest.raises(InputError, match="--reference ipo2: .* The results have dpo, ipo, new"):
+        frontier.main(["--results", str(results), "--reference", "ipo2"])
+    frontier.main(["--results", str(results), "--reference", "new"])
+    assert "harm beyond that of new, in points, paired by seed." in capsys.readouterr().out
+    frontier.main(["--results", str(results), "--reference", "sft"])
+    assert "Differences" not in capsys.readouterr().out, "the sweep has no SFT"
+
+
 def test_the_table_is_of_held_out_sets_at_the_chosen_rates(results):
     rows = {row["method"]: row for row in table_of(results)["rows"]}
     assert list(rows) == ["base", "DPO, whole trajectory", "IPO, stage 1", "new"]
@@ -171,6 +186,9 @@ def test_prompts_are_paired_where_both_have_a_verdict(results):
     assert e["value"] == pytest.approx((4 / 7 - 1 / 3) / 2)
     assert -1 < e["low"] < e["value"] < e["high"] < 1
 
+    (folder / "seed2" / "new-1e-4" / "eval" / "b.verdicts.jsonl").unlink()
+    assert frontier.difference_by_prompt(new, ipo, folder) is None, "one seed of one set is missing"
+
     only_a = [r._replace(records=[{**x, "test": {"a/reasoning": 0}} for x in r.records])
               for r in (new, ipo)]
     one = frontier.difference_by_prompt(*only_a, folder)
@@ -192,6 +210,16 @@ def test_the_tables_as_text(results):
     assert any(note.startswith("† No rate keeps that") for note in frontier.notes(table))
     points = frontier.markdown_table(frontier.point_lines(table))
     assert "| IPO, stage 1 | **1e-3** | 20.0" in points and "| IPO, stage 1 | 9e-5 | 30.0" in points
+
+
+def test_every_metric_of_every_point_set_by_set(results, capsys):
+    frontier.main(["--results", str(results), "--by-set"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("| method | lr | a/reasoning | a/response | b/reasoning | b/response | "
+                        "c/compliance | d/accuracy |")
+    assert lines[2].startswith("| base | - | 85.0 [85, 85] | 37.5 [38, 38] | 65.0 [65, 65] |")
+    # Seeds 10%, 20% and 30%, plus the 10 points of set a: 4.303 * 0.1 / sqrt(3) = 0.248
+    assert any(line.startswith("| IPO, stage 1 | 1e-3 | 30.0 [5, 55] |") for line in lines)
 
 
 def test_one_seed_has_no_interval_and_a_killed_training_no_exact_time(tmp_path):
@@ -245,6 +273,18 @@ def test_the_figure_places_every_spot_on_its_axes():
     assert float(circle.get("cy")) == pytest.approx(y_of(100), abs=0.1)
 
 
+def test_error_bars_stay_in_the_plot_and_no_share_is_beyond_100():
+    lines = [frontier.Line("wide", [spot(60, 90, ((50, 100), (70, 95)))])]
+    root = ElementTree.fromstring(frontier.frontier_svg(lines, spot(80, 100)))
+    across, upright = (node for node in root.iter(SVG + "line") if node.get("class") == "bar")
+    assert float(across.get("x2")) == frontier.RIGHT, "100% is the end of the axis"
+    assert frontier.TOP < float(upright.get("y2")) < float(upright.get("y1")) < frontier.BOTTOM
+    numbers = [node for node in root.iter(SVG + "text") if node.text.isdecimal()]
+    assert max(int(node.text) for node in numbers) == 100
+    ends = [float(node.get("x")) for node in numbers if node.text == "100"]
+    assert sorted(ends) == [frontier.LEFT - 5, frontier.RIGHT], "one on each axis"
+
+
 def test_an_axis_from_0_does_not_say_where_it_begins_and_shapes_repeat_at_last():
     lines = [frontier.Line(f"m{k}", [spot(1, k)]) for k in range(11)]
     text = frontier.frontier_svg(lines, spot(1, 1))
@@ -259,11 +299,13 @@ def test_an_axis_from_0_does_not_say_where_it_begins_and_shapes_repeat_at_last()
     assert len(set(looks[:9])) == 9 and looks[9] == looks[0]
 
 
-def test_the_command_writes_table_and_figure_and_remakes_a_finished_report(results, tmp_path):
+def test_the_command_writes_table_and_figure_and_remakes_a_finished_report(
+        results, tmp_path, capsys):
     run = tmp_path / "run"
     words = ["--results", str(results), "--run", str(run)]
     frontier.main(words)
     assert not run.exists(), "no finished run, no report"
+    assert f"{run / 'report.html'}: no such file" in capsys.readouterr().out
     table = json.loads((results.parent / "table.json").read_text())
     assert table["seeds"] == [0, 1, 2] and len(table["points"]) == 6
     svg = (results.parent / "frontier.svg").read_text()
