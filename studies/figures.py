@@ -531,10 +531,10 @@ def build_parser():
 
 
 def finished_evaluations(run):
-    """The evaluations that run.sh left in a run, as NAME=FOLDER."""
+    """The evaluations that run.sh left in a run, as NAME=FOLDER with its names."""
     specs = []
-    for name in ("base", "stage1", "stage2"):
-        folder = run / "eval" / name
+    for name in ("base", "stage 1", "stage 2"):
+        folder = run / "eval" / name.replace(" ", "")
         if folder.is_dir():
             specs.append(f"{name}={folder}")
     return specs
