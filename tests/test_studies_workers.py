@@ -73,7 +73,9 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
     program.write_text(PROGRAM)
     parent = subprocess.Popen(
         [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        start_new_session=True,
+        # Unbuffered, because a worker that sleeps does not flush what it has printed.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
     worker = int(parent.stdout.readline())
     assert worker != parent.pid and is_alive(worker)
     assert {parent.stdout.readline(), parent.stdout.readline()} == {"text\n", "None\n"}
