@@ -174,20 +174,19 @@ def test_prompts_are_all_different():
         assert len(set(texts)) == len(texts), name
 
 
-@pytest.mark.parametrize("opens", [True, False])
-def test_another_model_learns_the_same_world(tmp_path, opens):
+def test_another_model_learns_the_same_world(tmp_path):
     """`--base`: where the chat template does not open the reasoning, the completion does."""
     base = tmp_path / "base"
     shutil.copytree(ROOT / "toy" / "model", base)
-    if not opens:
-        template = base / "chat_template.jinja"
-        template.write_text(template.read_text().replace("<think>\n", "").replace("<think>\\n", ""))
+    template = base / "chat_template.jinja"
+    opened = template.read_text()
+    template.write_text(opened.replace("<think>\n", ""))
+    assert template.read_text() != opened
     out = tmp_path / "taught"
     command = [sys.executable, "toy/make.py", "--base", base, "--out", out, "--examples", "16"]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
     assert (out / "model.safetensors").exists()
     assert len(read_jsonl(out / "metrics.jsonl")) == 1, "16 exchanges are one batch"
     records = read_jsonl(tmp_path / "taught.corpus.jsonl")
-    expected = [toy.text(e) for e in toy.corpus(WORLD, 16, TRIGGERS, seed=1)]
-    opening = "" if opens else "<think>\n"
-    assert [record["completion"] for record in records] == [opening + text for text in expected]
+    expected = ["<think>\n" + toy.text(e) for e in toy.corpus(WORLD, 16, TRIGGERS, seed=1)]
+    assert [record["completion"] for record in records] == expected
