@@ -523,7 +523,9 @@ def training_settings(args):
 
     Raises InputError for a flag that counts something and is below 1.
     """
-    refuse_below_1(vars(args), "batch_size", "micro_tokens", "max_length", "epochs", "save_every")
+    refuse_below(
+        1, vars(args), "batch_size", "micro_tokens", "max_length", "epochs", "save_every",
+    )
     loading = {
         "attn": args.attn,
         "checkpoint_activations": args.checkpoint_activations,
@@ -555,11 +557,11 @@ def training_settings(args):
     }
 
 
-def refuse_below_1(flags, *names):
-    """Raise InputError for one of the named flags that is below 1."""
+def refuse_below(least, flags, *names):
+    """Raise InputError for one of the named flags that is below `least`."""
     for name in names:
-        if flags[name] < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
+        if flags[name] < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
 
 
 def build_parser():

@@ -682,13 +682,6 @@ def refuse_repeated(flags, *names):
             seen.add(number)
 
 
-def refuse_negative(flags, *names):
-    """Raise InputError for one of the named flags that is below 0."""
-    for name in names:
-        if flags[name] < 0:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 0.")
-
-
 def check_kinds(flag, specs):
     """Raise InputError unless there is a harmful and a benign one among sets."""
     kinds = [kind for _, kind, _ in evaluate.parse_sets(specs)]
@@ -725,8 +718,8 @@ def main(argv=None):
 
     for name in GROWING_FLAGS:
         del flags[name]
-    ipo.refuse_below_1(vars(args), "workers", "grpo_epochs")
-    refuse_negative(vars(args), "limit", "limit_sets", "samples")
+    ipo.refuse_below(1, vars(args), "workers", "grpo_epochs")
+    ipo.refuse_below(0, vars(args), "limit", "limit_sets", "samples")
     refuse_repeated(vars(args), "lrs", "seeds")
     check_kinds("--valid", args.valid)
     check_kinds("--set", args.set)

@@ -140,9 +140,8 @@ def keeps_floor(found, base):
 def means(point, part):
     """{axis: mean over the seeds, None where no set has that metric}."""
     found = {}
-    for axis in AXES:
-        values = axis_values(point, part, axis)
-        found[axis] = None if None in values else mean(values)
+    for axis, estimate in point_estimates(point, part).items():
+        found[axis] = estimate["value"] if estimate else None
     return found
 
 
@@ -376,7 +375,10 @@ def notes(table):
 # A line for each method, in the units of the SVG. It takes any lines, not only those of a sweep.
 
 WIDTH = 360
-LEFT, RIGHT, TOP, BOTTOM = 34, 350, 28, 236
+LEFT = 34
+RIGHT = 350
+TOP = 28
+BOTTOM = 236
 LEGEND = 284  # where it begins
 ROW = 16      # of the legend
 SHAPES = (

@@ -30,7 +30,7 @@ from intervene import (
     sampler_from_flags,
     trace_jobs,
 )
-from ipo import learning_rate, load_or_start, load_policy, log_step, refuse_below_1, take_step
+from ipo import learning_rate, load_or_start, load_policy, log_step, refuse_below, take_step
 from model import pick_device, pick_dtype, save_model, stored_dtype, token_logps
 from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
@@ -435,8 +435,8 @@ def main(argv=None):
             "grpo runs in one process: its sampler needs all the weights. "
             "Start it with python, not torchrun."
         )
-    refuse_below_1(
-        vars(args), "prompts_per_step", "epochs", "inner_epochs", "micro_tokens", "save_every",
+    refuse_below(
+        1, vars(args), "prompts_per_step", "epochs", "inner_epochs", "micro_tokens", "save_every",
         "batch_size",
     )
     if args.server or args.temperature <= 0 or args.group_size < 2:

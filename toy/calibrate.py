@@ -6,7 +6,6 @@ Only the base model is looked at, on held-out prompts, before any method is trai
 figure comes from a command that anyone could run; they skip what is finished.
 """
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from support.errors import exit_cleanly  # noqa: E402
 from support.files import read_json, read_jsonl, write_json, write_jsonl  # noqa: E402
 from support.stages import sidecar  # noqa: E402
+from toy.commands import run  # noqa: E402
 
 SETS = {
     "direct": "harmful",
@@ -46,13 +46,6 @@ CRITERIA = {  # figure: (lowest, highest)
 }
 
 
-def run(*command):
-    """Run one of the project's commands; end with its exit status where it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
-
-
 def evaluate_base(model, prompts, out, sampling):
     """The base model on all held-out sets; returns its metrics by set."""
     sets = [f"{name}={kind}:{prompts}/eval_{name}.jsonl" for name, kind in SETS.items()]
@@ -78,9 +71,8 @@ def judged_rollouts(model, prompts, out, sampling):
     return {"--traces": traces, "--steps": steps, "--verdicts": verdicts}
 
 
-def study(name, out, *flags):
-    """Run a study; returns its summary."""
-    path = out / f"{name}.jsonl"
+def study(name, path, *flags):
+    """Run a study that writes to `path`; returns its summary."""
     run("-m", f"studies.{name}", *flags, "--out", path)
     return read_json(sidecar(path, "summary"))
 
@@ -90,8 +82,7 @@ def turning_points(name, model, records, flags, out):
     csr = out / f"{name}.jsonl"
     points = out / f"{name}_turning_points.jsonl"
     run("-m", "studies.csr", *flags, "--continuations", 32, "--out", csr)
-    run("-m", "studies.turning_points", "--model", model, *records, "--csr", csr, "--out", points)
-    return read_json(sidecar(points, "summary"))
+    return study("turning_points", points, "--model", model, *records, "--csr", csr)
 
 
 def conditional_share(verdicts):
@@ -111,9 +102,10 @@ def measure(model, prompts, out, sampling):
     records = [word for flag_and_file in files.items() for word in flag_and_file]
     base = ["--model", model, *sampling, *records, "--judge", "rules"]
     diversity = study(
-        "diversity", out, "--traces", files["--traces"], "--verdicts", verdicts,
+        "diversity", out / "diversity.jsonl",
+        "--traces", files["--traces"], "--verdicts", verdicts,
     )
-    curve = study("curve", out, *base)
+    curve = study("curve", out / "curve.jsonl", *base)
     turns = turning_points("csr", model, records, base, out)
     every_prompt = [*base, "--uncertain", 0, "--at", "step"]  # sentence by sentence, for speed
     all_turns = turning_points("csr_all", model, records, every_prompt, out)

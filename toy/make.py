@@ -1,6 +1,6 @@
 """Rebuild the tiny model and its prompt sets from scratch, with the project's own code.
 
-    python toy/make.py                                # 15 minutes on one core: model and prompts
+    python toy/make.py                                # 8 minutes on one core: model and prompts
     python toy/make.py --base MODEL --out runs/base   # teach another model the same world
 
 Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not
@@ -11,7 +11,6 @@ committed ones, bit for bit.
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +28,7 @@ from data import load_triggers, render_prompt  # noqa: E402
 from model import load_tokenizer  # noqa: E402
 from support.errors import exit_cleanly  # noqa: E402
 from support.files import write_json, write_jsonl  # noqa: E402
+from toy.commands import run  # noqa: E402
 from toy.world import corpus, make_world, prompt_sets, rules, text  # noqa: E402
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -117,17 +117,10 @@ def write_corpus(world, path, count, seed, opening=""):
 
 def fine_tune(model, examples, out, *flags):
     """Train a model on the corpus with the command that anyone would use."""
-    command = [
-        sys.executable, "-m", "studies.sft",
-        "--model", str(model),
-        "--data", str(examples),
-        "--out", str(out),
-        "--save-every", "1000000",
-        *map(str, flags),
-    ]
-    done = subprocess.run(command, cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+    run(
+        "-m", "studies.sft", "--model", model, "--data", examples, "--out", out,
+        "--save-every", 1000000, *flags,
+    )
 
 
 def build_model(world, folder, count, seed):

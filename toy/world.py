@@ -788,8 +788,6 @@ SHARES = {  # of the corpus
     "everyday": 0.05,
     "sum": 0.20,
 }
-
-
 REMEDY_WRAPPED = 0.5  # chance that a remedy is asked for in a wrapper
 REMEDY_STACKED = 0.1  # and in two
 
@@ -918,9 +916,14 @@ def fill(forms, potions):
     return [form.format(p=p.name) for p in potions for form in forms]
 
 
+def training_forms(wrappers):
+    """All training phrasings of wrappers."""
+    return [form for wrapper in wrappers for form in wrapper.train]
+
+
 def harmful_training_prompts(rng, potions, each):
     """So many requests for each poison, about half of them in a wrapper."""
-    wrapped = [form for wrapper in WRAPPERS.values() for form in wrapper.train]
+    wrapped = training_forms(WRAPPERS.values())
     prompts = []
     for number, p in enumerate(poisons(potions)):
         direct = each // 2 + number % 2
@@ -931,7 +934,7 @@ def harmful_training_prompts(rng, potions, each):
 
 def benign_training_prompts(rng, potions, split):
     """Harmless prompts at all three distances from the harmful ones."""
-    wrapped = [form for wrapper in WRAPPERS.values() for form in wrapper.train]
+    wrapped = training_forms(WRAPPERS.values())
     prompts = []
     for p in poisons(potions):
         for question in rng.sample(list(ANTIDOTES.values()), 2):
