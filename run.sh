@@ -203,7 +203,7 @@ accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/rep
 
 # ------------------------------------------------------------------------------------ commands
 case $command in
-    all) exec "$PYTHON" -m support.run_stages --run "$RUN" $separate "${stages[@]}" ;;
+    all) exec "$PYTHON" -m launch.run --run "$RUN" $separate "${stages[@]}" ;;
     stages) printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
     test) exec "$PYTHON" -m pytest -q "${@:2}" ;;
     figures)
@@ -219,7 +219,7 @@ case $command in
         stage "analysis" "$PYTHON" -m studies.figures --run "$RUN" "${base[@]}" "${sampling[@]}" \
             "${judging[@]}" --continuations "$CONTINUATIONS" --kl "IPO, stage 1=$RUN/stage1" \
             "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
-        exec "$PYTHON" -m support.run_stages --run "$RUN" $separate "${stages[@]}" ;;
+        exec "$PYTHON" -m launch.run --run "$RUN" $separate "${stages[@]}" ;;
     baselines)
         if [ "$MODEL" = toy/model ]; then
             VALID=${VALID:-valid_harmful=harmful:toy/prompts/valid_harmful.jsonl
@@ -249,5 +249,5 @@ case $command in
             ${limit_sets:+--limit-sets $limit_sets}
         accept= stage "table and figure" "$PYTHON" -m studies.frontier --run "$RUN" \
             --results "$folder/results.jsonl"
-        exec "$PYTHON" -m support.run_stages $separate "${stages[@]}" ;;
+        exec "$PYTHON" -m launch.run $separate "${stages[@]}" ;;
 esac

@@ -17,7 +17,6 @@ CANNOT_DECIDE = {
     "support/record.py": "only compares",
     "support/report.py": "shows what there is",
     "support/run_folder.py": "reads what there is, for the report",
-    "support/run_stages.py": "starts the stages",
     "support/stages.py": "opens and closes them",
 }
 

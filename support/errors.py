@@ -40,7 +40,7 @@ def exit_cleanly(main):
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:  # torchrun's, see support/run_stages.py
+    except KeyboardInterrupt:  # torchrun's, see launch/run.py
         exit_interrupted()
     except (InputError, ServiceError) as error:
         fail(error)

@@ -287,7 +287,7 @@ def test_ctrl_c_while_a_server_keeps_a_sampler_waiting(tmp_path):
 def test_ctrl_c_in_training(tmp_path, pairs, separate):
     command = training(tmp_path / "out", pairs, "--batch-size", 1, "--epochs", 1000)
     stage = "training: " + " ".join(map(str, command))
-    process = start([sys.executable, "-m", "support.run_stages", *separate, stage])
+    process = start([sys.executable, "-m", "launch.run", *separate, stage])
     metrics = tmp_path / "out" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size)
     interrupt(process)
@@ -298,7 +298,7 @@ def test_ctrl_c_under_torchrun(tmp_path, pairs):
                 "2"]
     command = training(tmp_path / "out", pairs, "--batch-size", 2, "--epochs", 1000)
     stage = "training: " + " ".join(map(str, [*torchrun, *command[1:]]))
-    process = start([sys.executable, "-m", "support.run_stages", "--separate", stage])
+    process = start([sys.executable, "-m", "launch.run", "--separate", stage])
     metrics = tmp_path / "out" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size)
     os.killpg(process.pid, signal.SIGINT)
@@ -316,7 +316,7 @@ def test_ctrl_c_while_modules_are_imported_and_between_stages(tmp_path):
                       "time.sleep(60)\n")
     environment = {"PYTHONPATH": str(ROOT)}
     for command in ([sys.executable, script],
-                    [sys.executable, "-m", "support.run_stages", f"a: python {script}"]):
+                    [sys.executable, "-m", "launch.run", f"a: python {script}"]):
         process = start(command, **environment)
         lines = iter(process.stdout.readline, "")
         assert any("here" in line for line in lines)

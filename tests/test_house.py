@@ -1,10 +1,10 @@
-"""The import rule: the five in order, support below them, studies and benchmarks above."""
+"""The import rule: the five in order, support below, studies, benchmarks, launch and toy above."""
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ["data", "model", "intervene", "ipo", "evaluate"]
-ABOVE = ["studies", "benchmarks"]
+ABOVE = ["studies", "benchmarks", "launch"]
 
 
 def imported_names(path):
@@ -23,6 +23,8 @@ def allowed(room):
         return ["support"]
     if room in FIVE:
         return ["support", *FIVE[:FIVE.index(room)]]
+    if room == "launch":  # it checks the published sets too
+        return ["support", room, "benchmarks", *FIVE]
     return ["support", room, *FIVE]  # studies, benchmarks, toy: the five, and files of their own room
 
 

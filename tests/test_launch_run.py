@@ -24,7 +24,7 @@ def test_stages_run_in_order_and_stop_at_the_first_that_fails(tmp_path, flags):
     quoted = str(script).replace(" ", "\\ ")
     stages = [f"one: {python} {quoted} a\\ b", f"two: {python} {quoted} fail", f"three: {python} {quoted} c"]
     run = tmp_path / "run"
-    done = subprocess.run([python, "-m", "support.run_stages", "--run", run, *flags, *stages],
+    done = subprocess.run([python, "-m", "launch.run", "--run", run, *flags, *stages],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == "--- one (0s)\n['a b'] __main__\n--- two (0s)\n['fail'] __main__\n"
@@ -54,7 +54,7 @@ def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_pa
     script.write_text("import time\ntime.sleep(20)\n")  # it outlives its killed parent, briefly
     wait = f"wait: {sys.executable} {script}"
     run = tmp_path / "run"
-    first = started([sys.executable, "-m", "support.run_stages", "--run", run, "--separate", wait], run / ".lock")
+    first = started([sys.executable, "-m", "launch.run", "--run", run, "--separate", wait], run / ".lock")
     environment = {**os.environ, "PYTHON": sys.executable, "RUN": str(run), "LIMIT": "1"}
     begin = time.monotonic()
     second = subprocess.run(["bash", "run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -66,7 +66,7 @@ def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_pa
     assert second.stderr == f"error: {run} is in use by {owner}. Wait until that ends, or use another RUN=...\n"
     # The kernel has released the lock of the killed process, although its file is still there.
     assert (run / ".lock").exists()
-    done = subprocess.run([sys.executable, "-m", "support.run_stages", "--run", run,
+    done = subprocess.run([sys.executable, "-m", "launch.run", "--run", run,
                            f"one: {sys.executable} -m this"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and not (run / ".lock").exists()
 

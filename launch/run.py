@@ -1,6 +1,6 @@
 """Run the stages of run.sh in order, each as its own command line would.
 
-    python -m support.run_stages [--run RUN] [--separate] "TITLE: python3 FILE.py ..." ...
+    python -m launch.run [--run RUN] [--separate] "TITLE: python3 FILE.py ..." ...
 
 Stages of the tiny model run in this one process, because starting Python and importing torch
 for each would take longer than most of them. With --separate each is a process of its own, so that
@@ -20,7 +20,7 @@ from support.errors import exit_cleanly
 from support.lock import lock
 
 # What a process of a stage's own does: unlike the stage's file, torchrun does not end in one line.
-APART = "import sys; from support import run_stages; run_stages.run_cleanly(sys.argv)"
+APART = "import sys; from launch import run; run.run_cleanly(sys.argv)"
 
 
 def run_cleanly(command):
