@@ -34,6 +34,9 @@ from intervene import (
 )
 from support.errors import InputError, exit_cleanly
 from support.files import read_json, write_json, write_jsonl
+from support.judges import require_questions
+from support.model_card import fill_cards
+from support.ranks import with_hands
 from support.report import write_report
 from support.run_folder import read_run
 from support.stages import add_stage_flags, check_output, run_stage
@@ -252,11 +255,13 @@ class Kind(NamedTuple):
     applies: Callable = always
     # Whether a truncated trace has a value, as a wrong answer; otherwise its value is missing.
     truncated_scored: bool = False
+    questions: tuple = ()  # that are put to the judge
 
 
 KINDS = {
-    "harmful": Kind((), score_harmful, collect_harmful, not_of_reasoning),
-    "benign": Kind((), score_benign, collect_compliance),
+    "harmful": Kind((), score_harmful, collect_harmful, not_of_reasoning,
+                    questions=("reasoning", "response", "cue")),
+    "benign": Kind((), score_benign, collect_compliance, questions=("compliance",)),
     "task": Kind(("answer",), score_task, collect_accuracy, truncated_scored=True),
 }
 
@@ -518,6 +523,7 @@ def make_report(run, specs, out, examples=6):
     facts = read_run(Path(run), folders, judged_sets, examples)
     facts["pairs"] = list(map(pair_card, facts["pairs"]))
     write_report(out, evaluations, rows, facts)
+    fill_cards(folders, rows)
     print(in_columns([("", *evaluations), *rows]))
     print(f"report: {out}")
 
@@ -607,6 +613,8 @@ def main(argv=None):
     # All that could stop the run later is looked at before anything is sampled.
     judge = eval_judge_from_flags(args, out)
     sets = parse_sets(args.set)
+    for _, kind, _ in sets:
+        require_questions(judge, KINDS[kind].questions)
     loaded = load_sets(sets, limit=args.limit)
     samples = {name: args.samples for name in loaded}
     inputs = [args.model, *(path for _, _, path in sets)]
@@ -621,4 +629,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

@@ -15,6 +15,7 @@ edit prompts/triggers.txt or pass --triggers FILE; for another source of samples
 import argparse
 import json
 import re
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -29,24 +30,30 @@ from data import (
     split_reasoning,
     token_index,
 )
-from support.cache import Cache
-from support.compact import chunks_with_steps
+from support.batch_size import with_batch_size
+from support.compact import RecordFile, chunks_with_steps
 from support.errors import InputError, exit_cleanly
-from support.files import digest, json_line, read_json, read_jsonl, stream_jsonl, write_jsonl
+from support.files import digest, read_json, read_jsonl, stream_jsonl, write_jsonl
 from support.flags import add_judge_flags, add_sampler_flags
-from support.http import (
-    PASSING,
-    REFUSED,
-    Endpoint,
-    RequestFailed,
-    UnusableReply,
-    in_parallel,
-    token_usage,
-)
+from support.guards import GuardForm, ServerGuard, judge_kind, local_name
+from support.http import REFUSED, RequestFailed, UnusableReply
 from support.hub import model_folder
+from support.judges import (
+    ASKED,
+    FROM_CACHE,
+    CombinedJudge,
+    Form,
+    LocalJudge,
+    ServerJudge,
+    read_reply,
+    render_chat,
+    require_questions,
+    verdict_schema,
+)
+from support.ranks import with_hands
 from support.record import fingerprint
 from support.stages import add_stage_flags, run_stage
-from support.unanswered import AnsweredRecords, NoAnswer, answers_so_far, gaps_last
+from support.unanswered import AnsweredRecords, answers_so_far
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_TRIGGERS = str(HERE / "prompts" / "triggers.txt")
@@ -172,13 +179,13 @@ def _ends_step(text: str, start: int, match: re.Match) -> bool:
 #   "compliance"   prompt, text    "full", "partial" or "refusal"
 #   "strongreject" prompt, text    refusal 0/1, convincing and specific 1..5 as digits: "034"
 #
-# As in the paper a cue is never the first step, which restates the request. A judge may lack
-# questions that nobody asks it.
+# As in the paper a cue is never the first step, which restates the request.
 # An item is {"prompt": str, "text": str} or {"prompt": str, "steps": [str, ...]}. An answer of
 # None means that there is no valid verdict; it is counted and never turned into a label. Where no
 # answer came for a reason that passes, the judge raises Unanswered once all others are there. A
-# judge also has a `name`, which is recorded with its verdicts, and a `summary()` of what came of
-# its questions, a dict of numbers.
+# judge also has the set of `questions` that it can answer, a `name`, which is recorded with its
+# verdicts, and a `summary()` of what came of its questions, a dict of numbers. Judges that are
+# guard models stand in support/guards.py.
 
 # The words that a reply may hold, and the answer that each stands for; a cue is a number.
 LABELS = {
@@ -189,19 +196,21 @@ LABELS = {
 }
 HARMLESS = {"prompt": "Hello.", "text": "Hello.", "steps": ["Hello."]}  # no server rejects it
 JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set
+CUE_KEYS = ("CUE_JUDGE_API_KEY",)
 
 
-class PromptedJudge:
-    """What judges that are language models share: the prompts in prompts/judge_*.txt."""
+class ChatPrompts(Form):
+    """The questions to a chat model: the prompts in prompts/judge_*.txt."""
 
-    def __init__(self, name):
+    questions = {"cue", *LABELS}
+
+    def __init__(self):
         self.prompts = {}
         for path in sorted((HERE / "prompts").glob("judge_*.txt")):
             question = path.stem.removeprefix("judge_")
             self.prompts[question] = path.read_text(encoding="utf-8")
-        # With a hash of the prompts in the name, verdicts of different prompts are never mixed.
-        self.name = f"{name}:{digest(''.join(self.prompts.values()))}"
-        self.counts = Counter()  # outcome -> number of questions
+        # With this hash in a judge's name, verdicts of different prompts are never mixed.
+        self.hash = digest("".join(self.prompts.values()))
 
     def content(self, question, item, structured):
         """The message to the model. What is judged stands between marks that it cannot contain."""
@@ -225,6 +234,15 @@ class PromptedJudge:
         # One pass, so that a placeholder inside what is judged stays as it is.
         return re.sub(r"\{(MARK|PROMPT|TEXT|ANSWERS)\}", lambda found: values[found[1]], template)
 
+    def prompt(self, tokenizer, question, item):
+        """The text for a model in this process."""
+        content = self.content(question, item, structured=False)
+        return render_chat(tokenizer, [{"role": "user", "content": content}])
+
+    def read(self, question, item, reply):
+        """The answer in a reply of a model in this process, or None."""
+        return parse_answer(question, reply, len(item.get("steps", ())), structured=False)
+
 
 def _possible_answers(question, structured):
     if question == "cue":
@@ -237,109 +255,57 @@ def _possible_answers(question, structured):
     return " or ".join(words)
 
 
-class ChatJudge(PromptedJudge):
+class ChatJudge(ChatPrompts, ServerJudge):
     """A chat model behind an OpenAI-compatible `/chat/completions` endpoint, at temperature 0.
 
     Replies follow a JSON schema or, where the server rejects that, end with a line `ANSWER: x`.
-    Valid verdicts go to the file `cache`, under the hash of all that determines them, and are not
-    paid for twice; two processes that meet the same question at the same time may both ask it.
-    `http` are further settings of the Endpoint.
+    `server` are the settings of a ServerJudge.
     """
 
-    def __init__(self, url, model, concurrency=8, cache=None, keys=JUDGE_KEYS, **http):
-        super().__init__(model)
-        self.model = model
-        self.cache = Cache(cache)
-        self.structured = None  # whether the server takes a JSON schema; None: not known yet
-        # What earlier runs paid for the cache's verdicts counts towards the cost limit.
-        spent = sum(record["cost"] for record in self.cache.records.values())
+    def __init__(self, url, model, no_thinking=False, **server):
+        ChatPrompts.__init__(self)
         url = url.rstrip("/") + "/chat/completions"
-        self.endpoint = Endpoint(url, keys, concurrency, spent_before=spent, **http)
-
-    def ask(self, question, items):
-        """See the table above; None where the model or its server will not give a valid reply.
-
-        Equal items are asked once. Raises ServiceError when the server cannot be used.
-        """
-        return gaps_last(self._answers(question, items))
-
-    def _answers(self, question, items):
-        keys = [json_line(item) for item in items]
-        different = dict(zip(keys, items))
-        found = in_parallel(
-            partial(self._verdict, question),
-            different.values(),
-            self.endpoint.concurrency,
-            f"judging: {question}",
-            "verdict",
-            self._progress,
-        )
-        verdicts = {}
-        for key in keys:
-            if key not in verdicts:
-                verdicts[key] = next(found)  # they come in the order of `different`
-            answer, outcome = verdicts[key]
-            self.counts[outcome] += 1
-            yield answer
-
-    def summary(self):
-        """What came of the questions so far, and their price (dollars with those of the cache)."""
-        outcomes = ("refusals", "unparsed", "rejected")
-        missing = {outcome: self.counts[outcome] for outcome in outcomes if self.counts[outcome]}
-        used = self.endpoint.counts
-        return {
-            "asked": self.counts["asked"],
-            "from cache": self.counts["from cache"],
-            "unjudged": sum(missing.values()),
-            **missing,
-            "retries": used["retries"],
-            "tokens in": used["prompt_tokens"],
-            "tokens out": used["completion_tokens"],
-            "dollars": round(self.endpoint.cost(), 4),
-        }
-
-    def _progress(self):
-        return ", ".join(f"{number} {outcome}" for outcome, number in self.summary().items())
+        ServerJudge.__init__(self, f"{model}:{self.hash}", url, model, **server)
+        self.no_thinking = no_thinking
+        self.structured = None  # whether the server takes a JSON schema; None: not known yet
 
     def _request(self, question, item, structured):
         """(structured, key in the cache, JSON to send) of a question."""
         message = {"role": "user", "content": self.content(question, item, structured)}
         body = {"model": self.model, "temperature": 0, "messages": [message]}
         if structured:
-            schema = {"name": "verdict", "strict": True, "schema": _verdict_schema(question)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            schema = verdict_schema(LABELS.get(question))
+            named = {"name": "verdict", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
+        if self.no_thinking:
+            body["chat_template_kwargs"] = {"enable_thinking": False}
         # The body holds model, prompt, text, temperature and schema: all that decides an answer.
-        key = json.dumps([self.endpoint.url, question, body], sort_keys=True)
-        return structured, digest(key), body
+        return structured, self.cache_key(question, body), body
 
-    def _verdict(self, question, item):
+    def verdict(self, question, item):
         """(answer, outcome): a verdict, None, or NoAnswer if it may still come."""
         # Two forms of one question: with a JSON schema, and in plain text.
         requests = [self._request(question, item, structured) for structured in (True, False)]
         for _, key, _ in requests:
             kept = self.cache.get(key)
             if kept:
-                return kept["answer"], "from cache"
+                return kept["answer"], FROM_CACHE
         if self.structured is False:
             requests = requests[1:]
         n_steps = len(item.get("steps", ()))
         for structured, key, body in requests:
-            read = partial(_read_reply, question, n_steps, structured)
+            read = partial(_read_verdict, question, n_steps, structured)
             _, _, control = self._request(question, HARMLESS, structured)
             try:
                 answer, text, used = self.endpoint.post(body, read, control)
             except RequestFailed as failure:
                 if structured and self._schema_rejected(failure):
                     continue
-                if failure.kind == PASSING:
-                    return NoAnswer(str(failure)), failure.kind
-                return None, failure.kind
+                return self.give_up(failure)
             if answer is None:
-                return None, "refusals"
+                return None, REFUSED
             self.structured = structured
-            record = {"id": key, "judge": self.name, "answer": answer, "reply": text}
-            record["cost"] = self.endpoint.price(used)
-            return self.cache.put(record)["answer"], "asked"
+            return self.keep(key, answer, text, used), ASKED
 
     def _schema_rejected(self, failure):
         if failure.kind == REFUSED or failure.status < 400:
@@ -349,34 +315,18 @@ class ChatJudge(PromptedJudge):
         return unexplained or re.search("response_format|json_schema", failure.text)
 
 
-def _verdict_schema(question):
-    answer = {"type": "integer"}
-    if question in LABELS:
-        answer = {"type": "string", "enum": list(LABELS[question])}
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["reason", "answer"],
-        "properties": {"reason": {"type": "string"}, "answer": answer},
-    }
-
-
-def _read_reply(question, n_steps, structured, reply):
+def _read_verdict(question, n_steps, structured, reply):
     """(answer, text, tokens used); the answer is None if the model refused.
 
     Raises UnusableReply where there is no valid verdict: the question is then asked again.
     """
-    choice = reply["choices"][0]
-    message = choice["message"]
-    used = token_usage(reply)
-    ending = choice.get("finish_reason")
-    # A refusal may quote a label, and a filtered reply may hold half of one: neither is read.
-    if ending == "content_filter" or message.get("refusal"):
-        return None, "", used
-    answer = parse_answer(question, message["content"], n_steps, structured)
+    text, ending, used = read_reply(reply)
+    if ending == REFUSED:
+        return None, text, used
+    answer = parse_answer(question, text, n_steps, structured)
     if answer is None or ending == "length":
         raise UnusableReply("no valid verdict")
-    return answer, message["content"], used
+    return answer, text, used
 
 
 def parse_answer(question, text, n_steps=0, structured=True):
@@ -387,7 +337,7 @@ def parse_answer(question, text, n_steps=0, structured=True):
     >>> parse_answer("cue", '{"reason": "", "answer": 3}', n_steps=5)
     3
     >>> parse_answer("cue", '{"answer": 9}', n_steps=5)  # there is no step 9
-    >>> parse_answer("reasoning", "It says ANSWER: safe.\\nANSWER: unsafe\\n", structured=False)
+    >>> parse_answer("reasoning", "It says safe.\\n**ANSWER: unsafe**.\\n", structured=False)
     False
     """
     # Nothing is guessed: "Safe", "not safe" or a label inside a sentence is no verdict.
@@ -406,6 +356,10 @@ def parse_answer(question, text, n_steps=0, structured=True):
     return LABELS[question].get(answer)
 
 
+# Markdown's emphasis and a full stop may stand around the answer, and nothing else.
+ANSWER_LINE = r"[*_]{0,3} ANSWER: [*_]{0,3} \s+ [*_]{0,3} ([^\W_]+) [*_]{0,3} \.? [*_]{0,3}"
+
+
 def _last_line_answer(text):
     trace = split_reasoning(text)
     if trace.closing:
@@ -413,46 +367,29 @@ def _last_line_answer(text):
     elif trace.opening:
         text = ""  # reasoning that never ended: what it says is no answer
     last_line = text.rstrip().rpartition("\n")[2]
-    return re.fullmatch(r"ANSWER: (\w+)", last_line)[1]
+    return re.fullmatch(ANSWER_LINE, last_line.strip(), re.VERBOSE)[1]
 
 
-class LocalJudge(PromptedJudge):
-    """A chat model in this process (the paper's ablation of detectors), at temperature 0.
+class LocalModel:
+    """A model in this process whose replies a LocalJudge reads."""
 
-    It is asked with the same prompts, in text form.
-    """
-
-    def __init__(self, path, batch_size=8, max_new_tokens=4096):
+    def __init__(self, path, batch_size, longest):
         model_folder(path)  # a mistyped path ends here, before torch is imported
         from model import LocalSampler
-        super().__init__(f"local:{Path(path).name}:{fingerprint(path)}")
-        self.sampler = LocalSampler(path, temperature=0, top_p=1, max_new_tokens=max_new_tokens,
-                                    seed=0, batch_size=batch_size)
+        self.fingerprint = fingerprint(path)
+        self.longest = longest
+        self.sampler = LocalSampler(path, temperature=0, top_p=1, max_new_tokens=longest, seed=0,
+                                    batch_size=batch_size)
+        self.tokenizer = self.sampler.tokenizer
+        self.context = self.sampler.context
 
-    def ask(self, question, items):
-        """See the table above; None also where the question does not fit into the context."""
-        tokenizer = self.sampler.tokenizer
-        requests = []
-        for number, item in enumerate(items):
-            ids = render_prompt(tokenizer, self.content(question, item, structured=False))
-            if len(ids) < self.sampler.context:
-                requests.append(Request(str(number), ids))
-        answers = [None] * len(items)
-        # Replies come in any order; one that ran into its length limit is no verdict.
-        for request_id, ids, finished in self.sampler(requests, title=f"judging: {question}"):
+    def replies(self, prompts, title, sampling):
+        """Yield (key, reply) for {key: ids}, in any order, but for those cut off by `longest`."""
+        requests = [Request(key, ids) for key, ids in prompts.items()]
+        self.sampler.options.update(sampling)
+        for key, ids, finished in self.sampler(requests, title=title):
             if finished == "stop":
-                number = int(request_id)
-                text = decode(tokenizer, ids, self.sampler.eos)
-                n_steps = len(items[number].get("steps", ()))
-                answers[number] = parse_answer(question, text, n_steps, structured=False)
-        for answer in answers:
-            outcome = "unjudged" if answer is None else "asked"
-            self.counts[outcome] += 1
-        return iter(answers)
-
-    def summary(self):
-        """What came of the questions so far."""
-        return dict(self.counts)
+                yield key, decode(self.tokenizer, ids, self.sampler.eos)
 
 
 class RulesJudge:
@@ -460,6 +397,8 @@ class RulesJudge:
 
     path: a JSON file of regular expressions, as toy/make.py writes it.
     """
+
+    questions = {"reasoning", "response", "cue", "compliance"}
 
     def __init__(self, path=HERE / "toy" / "rules.json"):
         self.name = f"rules:{Path(path).name}:{fingerprint(path)}"
@@ -507,23 +446,33 @@ class RulesJudge:
         return "full" if answers and not refuses else "refusal"
 
 
-def make_judge(spec, model=None, concurrency=8, **options):
-    """The judge that the flag --judge names; options are those of ChatJudge.
+def make_judge(spec, model=None, concurrency=8, kind="auto", controversial="unsafe", cache=None,
+               no_thinking=False, flag="--judge", keys=JUDGE_KEYS, **http):
+    """The judge that a flag like --judge names; `http` are settings of its Endpoint.
 
-    spec: `rules` (the toy world's), `rules:FILE`, `local:PATH`, or the URL of a chat endpoint,
-    https://HOST/v1. Raises InputError for anything else, and for an endpoint without a model.
+    spec: `rules` (the toy world's), `rules:FILE`, `local:PATH`, or the URL of a server,
+    https://HOST/v1. kind: that of --judge-kind. Raises InputError for anything else, and for a URL
+    without a model.
     """
-    kind, _, path = spec.partition(":")
-    if kind == "rules":
+    place, _, path = spec.partition(":")
+    if place == "rules":
         return RulesJudge(path) if path else RulesJudge()
-    if kind == "local":
-        return LocalJudge(path, concurrency)
+    if place == "local":
+        kind = judge_kind(kind, local_name(path))
+        form = ChatPrompts() if kind == "chat" else GuardForm(kind, controversial)
+        local = LocalModel(path, concurrency, form.longest_reply)
+        name = f"local:{Path(path).name}:{local.fingerprint}:{form.hash}"
+        return LocalJudge(name, form, local, cache)
     if not spec.startswith(("http://", "https://")):
-        raise InputError(f"--judge {spec}: use `rules`, `rules:FILE`, `local:PATH` "
-                         "or the URL of a chat endpoint, https://HOST/v1.")
+        raise InputError(f"{flag} {spec}: use `rules`, `rules:FILE`, `local:PATH` "
+                         "or the URL of a server, https://HOST/v1.")
     if not model:
-        raise InputError("--judge URL also needs --judge-model NAME.")
-    return ChatJudge(spec, model, concurrency, **options)
+        raise InputError(f"{flag} URL also needs {flag}-model NAME.")
+    server = {"concurrency": concurrency, "cache": cache, "keys": keys, **http}
+    kind = judge_kind(kind, model)
+    if kind == "chat":
+        return ChatJudge(spec, model, no_thinking, **server)
+    return ServerGuard(GuardForm(kind, controversial), spec, model, **server)
 
 
 # ------------------------------------------------------------------------------ traces and verdicts
@@ -565,6 +514,7 @@ def sample_traces(path, jobs, sampler, title):
 def append_traces(path, jobs, sampler, title):
     """`sample_traces` without holding the records; returns the Appender of `path`, closed."""
     out = Appender(path)
+    unwritten = Path(path).with_suffix(".parts")  # waves that the sampler has finished
     job_of = {job["id"]: job for job in jobs}
     requests = []
     for job in jobs:
@@ -572,7 +522,7 @@ def append_traces(path, jobs, sampler, title):
         if job["forced_ids"]:
             prefix = prefix + job["forced_ids"]  # otherwise all samples share one list
         requests.append(Request(job["id"], prefix))
-    for job_id, new_ids, finished in sampler(requests, done=out.done, title=title):
+    for job_id, new_ids, finished in sampler(requests, out.done, unwritten, title):
         record = dict(job_of[job_id])
         forced_ids = record.pop("forced_ids")
         # The ids as they were sampled: encoding their text again could give others.
@@ -584,6 +534,7 @@ def append_traces(path, jobs, sampler, title):
             record["truncated"] = True  # half a response is no response either
         out.write(record)
     out.close()
+    shutil.rmtree(unwritten, ignore_errors=True)
     return out
 
 
@@ -946,7 +897,7 @@ def run_steps(out, traces, **_):
 
 def run_judge(out, traces, steps, judge, **_):
     """Stage `judge`: verdicts on reasoning and response, and the first cue."""
-    verdicts = judge_traces(out, stream_jsonl(traces), stream_jsonl(steps), judge)
+    verdicts = judge_traces(out, RecordFile(traces), stream_jsonl(steps), judge)
     reasoning = Counter(v["reasoning_safe"] for v in verdicts)
     responses = Counter(v["response_safe"] for v in verdicts)
     cues = [v for v in verdicts if v["cue"]]
@@ -991,13 +942,14 @@ def sampler_from_flags(args):
     names = ("temperature", "top_p", "max_new_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
     if not args.server:
-        return LocalSampler(args.model, batch_size=args.batch_size, device=args.device,
-                            dtype=args.dtype, **settings)
+        rows = recorded_flags(args)["batch_size"]
+        return LocalSampler(args.model, batch_size=rows, device=args.device, dtype=args.dtype,
+                            graphs=not args.no_graph, **settings)
     tokenizer = load_tokenizer(args.model)
     eos = eos_ids(args.model, tokenizer)
     context = context_length(args.model)
     return ServerSampler(args.model, args.server, tokenizer, eos, context,
-                         concurrency=args.batch_size, **settings)
+                         concurrency=args.in_flight, **settings)
 
 
 def judge_from_flags(args, keys=JUDGE_KEYS):
@@ -1006,20 +958,28 @@ def judge_from_flags(args, keys=JUDGE_KEYS):
     if args.max_cost and not any(prices):
         raise InputError("--max-cost needs --judge-price-in and --judge-price-out, "
                          "in dollars per million tokens.")
-    return make_judge(
-        args.judge,
-        args.judge_model,
-        args.judge_concurrency,
-        keys=keys,
-        max_cost=args.max_cost,
+    make = partial(
+        make_judge,
+        concurrency=args.judge_concurrency,
+        no_thinking=args.judge_no_thinking,
         cache=args.judge_cache or Path(args.out).parent / "judge_cache.jsonl",
+        max_cost=args.max_cost,
         prices=prices,
     )
+    judge = make(args.judge, args.judge_model, kind=args.judge_kind,
+                 controversial=args.guard_controversial, keys=keys)
+    if not args.cue_judge:
+        return judge
+    # The key of a judge is not sent to another address.
+    other_keys = keys if args.cue_judge == args.judge else CUE_KEYS
+    other = make(args.cue_judge, args.cue_judge_model, kind="chat", flag="--cue-judge",
+                 keys=other_keys)
+    return CombinedJudge(judge, other)
 
 
 def recorded_flags(args, **replaced):
     """The flags as they stand in NAME.config.json, some of them replaced by what they stand for."""
-    return {**vars(args), **replaced}
+    return {**with_batch_size(vars(args)), **replaced}
 
 
 FILES = {
@@ -1038,6 +998,11 @@ STAGES = {  # function, input files, purpose
               "put triggers in place of cues, continue, keep the safe ones as pairs"),
     "benign": (run_benign, ["traces", "base"],
                "pairs against over-refusal: answer preferred over refusal"),
+}
+ASKS = {  # the questions that a stage puts to its judge
+    "judge": ("reasoning", "response", "cue"),
+    "pairs": ("reasoning", "response", "cue"),
+    "benign": ("compliance", "cue"),
 }
 
 
@@ -1077,6 +1042,7 @@ def main(argv=None):
     judge = None
     if "judge" in flags:
         judge = judge_from_flags(args)
+        require_questions(judge, ASKS[args.command])
         # Its name holds a hash of its rules or prompts: verdicts of different ones never mix.
         flags["judge"] = judge.name
     inputs = [flags[name] for name in ("model", "triggers", *files) if name in flags]
@@ -1092,4 +1058,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

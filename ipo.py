@@ -35,11 +35,13 @@ from torch.distributed.tensor import DTensor
 from data import batch_tokens, collate, global_batches, load_pairs, micro_batches
 from model import (completion_logps, empty_model, load_tokenizer, pick_device, pick_dtype,
                    read_weights, save_model, stored_dtype, tree_logps)
-from support.checkpoint import load_checkpoint, save_checkpoint
+from support.checkpoint import load_checkpoint, merge_over_ranks, save_checkpoint
 from support.files import (json_line, parse_jsonl, read_json, read_text, write_json, write_jsonl,
                            writing)
-from support.flags import add_size_flags, add_training_flags
+from support.flags import add_size_flags, add_training_flags, refuse_below
+from support.model_card import write_card
 from support.model_check import blocks_of, check_policy, guard_length
+from support.progress import ProgressLines, progress_bar
 from support.record import fingerprint
 from support.stages import close_stage, funnel_line, open_stage, sidecar
 from support.trees import pack, tree_parts, use_tree_attention
@@ -222,7 +224,7 @@ def reference_logps(policy, pairs, batches, device, autocast, score_from="h"):
     in the company in which training will first meet it: in bfloat16 another shape alone would move
     the first margins away from 0.
     """
-    for micro in batches:
+    for micro in progress_bar(batches, desc="reference", unit="batches"):
         # A rank with nothing to do computes some pair all the same: a pass of FSDP takes all ranks.
         group = [pairs[i] for i in micro] or pairs[:1]
         chosen, rejected = all_sides(group, score_from)
@@ -254,18 +256,6 @@ def cached_reference(path, key, policy, pairs, batches, device, autocast, rank, 
             write_json(path, stored)
     for pair in pairs:
         pair["ref"] = stored["logps"][pair["id"]]
-
-
-def merge_over_ranks(mine, world):
-    """The entries of every rank's dict in one, on every rank."""
-    if world == 1:
-        return mine
-    shares = [None] * world
-    dist.all_gather_object(shares, mine)
-    merged = {}
-    for share in shares:
-        merged.update(share)
-    return merged
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -358,7 +348,8 @@ def fit(policy, examples, losses_of, parts, *, out, rank, world, autocast, batch
         return []
     optimizer, log = load_or_start(policy, out, lr, weight_decay, rank)
     # Nothing here is random: rate and batch follow from the step, so a restart repeats them.
-    for step in range(len(log), len(batches)):
+    # Lines, not a bar: each step prints a line of its own.
+    for step in ProgressLines(range(len(log), len(batches)), desc=out.name, unit="steps"):
         started = time.monotonic()
         batch = batches[step]
         rate = learning_rate(step, len(batches), lr)
@@ -432,8 +423,9 @@ def open_training(program, out, flags, inputs, rank, world):
 
 
 def close_training(out, counts, rank, world):
-    """Write the funnel, remove the checkpoints and leave the process group."""
+    """Write model card and funnel, remove the checkpoints and leave the process group."""
     if rank == 0:
+        write_card(out)
         # In this order: killed in between, the stage is finished, and only space is wasted.
         close_stage(out, counts)
         for checkpoint in out.glob("checkpoint-*"):
@@ -555,13 +547,6 @@ def training_settings(args):
         "fitting": fitting,
         "save_dtype": args.save_dtype,
     }
-
-
-def refuse_below(least, flags, *names):
-    """Raise InputError for one of the named flags that is below `least`."""
-    for name in names:
-        if flags[name] < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
 
 
 def build_parser():

@@ -10,11 +10,11 @@ Left out on purpose: beam search, repetition penalties, top-k (the paper samples
 0.6, top-p 0.95).
 """
 import contextlib
+import functools
 import hashlib
 import math
 import os
 import shutil
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,21 +22,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from data import Completion, Request, decode
-from support.errors import InputError
+from data import (Completion, Request, decode, load_triggers, render_prompt, split_reasoning,
+                  token_index)
+from support.chat import Chat, chat_flags, read_triggers, talk
+from support.errors import InputError, exit_cleanly
 from support.files import read_json, write_json, writing
 from support.fused_head import TokenLogps, chunk_sizes, logit_shape, output_logits
 from support.hub import model_folder
-from support.kv_cache import PrefixCache, SlotCache, check_sampling, next_states
+from support.kv_cache import check_sampling, make_slots
 from support.lora import add_adapters, initial_adapter, merged_weight, plain_name
 from support.model_check import (PLAIN_WAY, SERVE_IT, make_buffers, refuse_bad_loading,
-                                 refuse_unsteady, refused_if_it_fails, remove_dropout,
-                                 stored_tensors)
+                                 refused_if_it_fails, remove_dropout, stored_tensors)
+from support.waves import ASIDE, DRAIN, check_requests, in_waves
 
 
 # -------------------------------------------------------------------------------------- loading
@@ -49,6 +50,8 @@ def pick_device(name="auto"):
     """
     if name == "auto":  # never Apple's `mps`, which is untested here
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # under torchrun each process has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 
 
@@ -95,11 +98,11 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_model(path, device, dtype=torch.float32, to_sample=True):
+def load_model(path, device, dtype=torch.float32, to_sample=True, graphs=True):
     """Load a causal language model from a directory or the hub, in eval mode, for inference.
 
-    Raises InputError for one that lacks weights or, `to_sample`, that `sample` would not sample
-    from exactly.
+    graphs: whether `sample` may use CUDA graphs. Raises InputError for a model that lacks weights
+    or, `to_sample`, that `sample` would not sample from exactly.
     """
     disable_progress_bar()  # a bar for every shard drowns the stage's own
     folder = model_folder(path)
@@ -113,6 +116,7 @@ def load_model(path, device, dtype=torch.float32, to_sample=True):
         )
     refuse_bad_loading(path, report)
     model = model.to(device).eval()
+    model.decode_graphs = graphs
     if to_sample:
         check_sampling(model)
     return model
@@ -269,50 +273,36 @@ def request_uniforms(seed, request_id, n):
 
 @torch.no_grad()
 def sample(model, requests, *, eos, max_new_tokens, temperature=0.6, top_p=0.95, seed=0,
-           batch_size=16, done=(), title="sampling"):
-    """Sample one completion for each request and yield it as soon as it is finished.
+           batch_size=16, done=(), parts=None, drain=DRAIN, hand=None, title="sampling",
+           groups=None):
+    """Sample one completion for each request; yield those of a wave once it is finished.
 
     Decoding is batched with a KV cache: finished rows leave at once and waiting requests take
     their slots. Requests are sorted by prefix, and each prefix is computed only from where it
     parts from the one before.
 
-    Requests are handled in waves of `4 * batch_size`. A wave whose ids are all in `done` is
-    skipped, and any other is sampled again from its start. So a restarted run has the same
-    batches, hence the same rounding, and gives bit for bit what an undisturbed run gives.
+    Requests are handled in waves of `4 * batch_size`. Once none of a wave is waiting, it goes on
+    for `drain` steps more; rows that are unfinished then are put aside with the tokens they have.
+    After all waves, these rows are finished in waves of their own. (A single wave puts nothing
+    aside.) So a few very long rows don't hold up the others.
 
-    requests: list of Request. eos: set of ids that end a row. A row also ends after
-    `max_new_tokens`, or where the model's context is full. Raises ValueError for a prefix that
-    leaves no room in the context: callers drop those.
+    A wave depends on nothing but itself. All ranks share the waves: on others `hand` samples them,
+    see `in_waves`. A restart skips those whose ids are all in `done` or that the folder `parts`
+    keeps, and samples any other from its start. So neither restarts nor the number of ranks change
+    a bit: batches are the same, hence also the rounding.
+
+    requests: list of Request; groups: the same in lists that are cut into waves by themselves.
+    eos: set of ids that end a row. A row also ends after `max_new_tokens`, or where the model's
+    context is full. Raises ValueError for a prefix that leaves no room in the context: callers
+    drop those.
     """
-    if model.config._attn_implementation != "sdpa":
-        raise ValueError("the sampler needs attn_implementation='sdpa': "
-                         "other kernels misread its per-row mask")
-    context = model.config.max_position_embeddings
-    longest = max((len(r.prefix) for r in requests), default=0) + max_new_tokens
-    refuse_unsteady(model, min(longest, context))
-    for r in requests:
-        if len(r.prefix) >= context:
-            raise ValueError(f"request {r.id}: prefix of {len(r.prefix)} tokens fills the context "
-                             f"of {context}. Drop it and count it.")
-    # Neighbours then share most of their prefixes: all of it for the continuations of one prefix,
-    # all but a few tokens for several triggers or later sentences of one rollout.
-    requests = sorted(requests, key=lambda r: (r.prefix, r.id))
-    written = 0
-    started = time.monotonic()
-    with tqdm(total=len(requests), desc=title, unit="req", disable=None) as bar:
-        for i in range(0, len(requests), 4 * batch_size):
-            wave = requests[i:i + 4 * batch_size]
-            if all(r.id in done for r in wave):
-                bar.update(len(wave))
-                continue
-            completions = _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed,
-                                       batch_size)
-            for completion in completions:
-                written += len(completion.ids)
-                speed = written / (time.monotonic() - started)
-                bar.update()
-                bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-                yield completion
+    check_requests(model, requests, max_new_tokens)
+    wave = functools.partial(_sample_wave, model, eos=eos, max_new_tokens=max_new_tokens,
+                             temperature=temperature, top_p=top_p, seed=seed,
+                             batch_size=batch_size, kept={})
+    for completion in in_waves(groups or [requests], 4 * batch_size, wave, hand, done, parts,
+                               drain, title):
+        yield Completion(*completion)
 
 
 @dataclass
@@ -344,26 +334,32 @@ def _append_tokens(model, rows, hidden, temperature, top_p):
         row.ids.append(token)
 
 
-def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size):
-    """Yield the completions of some requests, at most `batch_size` of them active at a time."""
-    decoder = model.get_decoder()
+def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, batch_size,
+                 kept=None, drain=None):
+    """Yield the completions of some requests, at most `batch_size` of them active at a time.
+
+    wave: (Request, ids that it has already); kept: see `make_slots`. Rows that are unfinished
+    `drain` steps after the last request has got a slot end as "aside", with the ids they have.
+    """
     context = model.config.max_position_embeddings
-    prefixes = PrefixCache(decoder)
-    slots = SlotCache(min(batch_size, len(wave)), decoder.config)
+    longest = min(max(len(request.prefix) for request, _ in wave) + max_new_tokens, context)
+    slots = make_slots(model, min(batch_size, len(wave)), longest, kept)
     waiting = deque(wave)
     rows = []  # the active ones: rows[i] has slot i, without gaps
+    drained = 0  # steps since none has been waiting
     while waiting or rows:
-        # Waiting requests take the free slots. Their prefixes are computed one by one, and the
-        # hidden states (H,) of the last tokens give all of them their first new token.
+        # Waiting requests take the free slots. The hidden states (n, H) of their prefixes' last
+        # tokens give them their first new tokens.
         active = len(rows)
-        hidden = []
         while waiting and len(rows) < slots.rows:
-            request = waiting.popleft()
-            hidden.append(prefixes.fill(slots, len(rows), request.prefix))
+            request, ids = waiting.popleft()
             uniforms = request_uniforms(seed, request.id, max_new_tokens).tolist()
-            rows.append(_Row(request, uniforms))
-        if hidden:
-            _append_tokens(model, rows[active:], torch.stack(hidden), temperature, top_p)
+            rows.append(_Row(request, uniforms, list(ids)))
+        new = rows[active:]
+        if new:
+            prefixes = [row.request.prefix + row.ids for row in new]
+            hidden = slots.fill(range(active, len(rows)), prefixes)
+            _append_tokens(model, new, hidden, temperature, top_p)
 
         # Finished rows leave. The last active row takes the slot of each, to leave no gap.
         slot = 0
@@ -380,9 +376,35 @@ def _sample_wave(model, wave, eos, max_new_tokens, temperature, top_p, seed, bat
         if not rows or waiting and len(rows) < slots.rows:
             continue  # fill the free slots first
 
+        if not waiting:
+            if drained == drain:
+                break
+            drained += 1
         # Every active row goes through the model with its last token, and gets the next.
-        hidden = next_states(decoder, slots, [row.ids[-1] for row in rows])
+        hidden = slots.step([row.ids[-1] for row in rows])
         _append_tokens(model, rows, hidden, temperature, top_p)
+    for row in rows:
+        yield Completion(row.request.id, row.ids, ASIDE)
+
+
+def load_to_sample(path, device, dtype, graphs):
+    """The model of a `LocalSampler`'s arguments."""
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # otherwise every rank would take some memory of the first
+    return load_model(path, device, pick_dtype(dtype, device), graphs=graphs)
+
+
+# On a rank that samples for rank 0: its models, and its slots, see `make_slots`.
+_load_once = functools.cache(load_to_sample)
+_kept = {}
+
+
+@torch.no_grad()
+def sample_for_rank_0(source, wave, drain, options):
+    """`_sample_wave` on another rank, whose models stay loaded."""
+    model = _load_once(*source)
+    yield from _sample_wave(model, wave, kept=_kept, drain=drain, **options)
 
 
 class LocalSampler:
@@ -393,10 +415,8 @@ class LocalSampler:
     """
 
     def __init__(self, path, *, temperature, top_p, max_new_tokens, seed, batch_size=16,
-                 device="auto", dtype="auto"):
-        self.path = path
-        self.device = device
-        self.dtype = dtype
+                 device="auto", dtype="auto", graphs=True):
+        self.source = (path, device, dtype, graphs)
         self.model = None
         self.tokenizer = load_tokenizer(path)
         self.eos = eos_ids(path, self.tokenizer)
@@ -413,19 +433,20 @@ class LocalSampler:
     def load(self):
         """The model, loaded at the first call."""
         if self.model is None:
-            device = pick_device(self.device)
-            self.model = load_model(self.path, device, pick_dtype(self.dtype, device))
+            self.model = load_to_sample(*self.source)
         return self.model
 
-    def __call__(self, requests, done=(), title="sampling"):
+    def __call__(self, requests, done=(), parts=None, title="sampling", groups=None):
         """Yield a Completion for each request that is not in `done`.
 
         Perhaps also for some that are: `sample` makes unfinished waves again.
         """
         if all(r.id in done for r in requests):
             return
-        model = self.load()
-        yield from sample(model, requests, eos=self.eos, done=done, title=title, **self.options)
+        options = {"eos": self.eos, **self.options}
+        hand = functools.partial(sample_for_rank_0, self.source, options=options)
+        yield from sample(self.load(), requests, done=done, parts=parts, hand=hand, title=title,
+                          groups=groups, **options)
 
 
 # ---------------------------------------------------------------------------- log-probabilities
@@ -573,3 +594,19 @@ def split_into_files(sizes, limit):
         files[-1].append(name)
         room -= size
     return files
+
+
+# --------------------------------------------------------------------------------- command line
+
+def main(argv=None):
+    """`python model.py chat --model MODEL`: talk to a model (support/chat.py)."""
+    path, trigger, settings = chat_flags(argv)
+    triggers = read_triggers(trigger, load_triggers)
+    sampler = LocalSampler(path, **settings)
+    talk(Chat(sampler, triggers, render_prompt=render_prompt, split_reasoning=split_reasoning,
+              token_index=token_index, decode=decode, next_token=next_token,
+              request_uniforms=request_uniforms))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -8,6 +8,9 @@ usage() {
 usage: [VARIABLE=value ...] bash run.sh [command]
 
   (none)      the whole method on the tiny model, into runs/toy; a second run skips what is finished
+  check       look at everything that the run needs, and start nothing
+  plan        what the run will take, stage by stage: GPUs, tokens, hours, memory, judge calls, dollars
+              (plan --measure: first measure this machine's speed, in about a minute)
   stages      print the command of every stage, to run them one by one
   test        the tests (further words go to pytest)
   figures     after a run: the safety dynamics behind the method, into the same report
@@ -15,6 +18,7 @@ usage: [VARIABLE=value ...] bash run.sh [command]
               (QUICK=1: less of all, 12 minutes), into the same report
 
 variable            default                            what it is
+
 MODEL               toy/model                          model directory or hub name
 PROMPTS             toy/prompts/train_harmful.jsonl    harmful prompts to learn from
 BENIGN              toy/prompts/train_benign.jsonl     benign prompts against over-refusal
@@ -23,27 +27,48 @@ EVAL                seven sets of the toy world        sets to evaluate on, NAME
 SETS                                                   published sets, as in jbb,xstest,math500, which
                                                        `python -m benchmarks.fetch` has fetched
 TRIGGERS            prompts/triggers.txt               pool of safety triggers, one a line
+LIMIT               0                                  use only the first of all these; 0 = all
+RUN                 runs/toy                           where everything is written
+
 SAMPLES             one for each trigger               rollouts of a harmful prompt
 INTERVENTIONS       1                                  rounds of intervention (the paper's N)
-LIMIT               0                                  use only the first of PROMPTS; 0 = all
-JUDGE               rules                              rules (toy world), local:PATH (a chat model in
-                                                       this process) or https://HOST/v1
+TOKENS              320; 8192 with your model          longest completion
+LR                  9e-5; 1e-6 (with LORA 1e-4)        learning rate of stage 1
+LR2                 LR                                 learning rate of stage 2
+EPOCHS              1                                  passes over the pairs in each stage
+LORA                0                                  train adapters of this rank; 0: all weights
+TRAIN_ARGS          --checkpoint-activations           more flags for training (toy: none)
+SEED                0                                  of every random choice
+
+JUDGE               rules                              rules (toy world), https://HOST/v1, serve:MODEL
+                                                       (started here) or local:PATH (in this process);
+                                                       chat or guard model: docs/judges.md
 JUDGE_MODEL                                            the endpoint's model
+CUE_JUDGE           JUDGE                              judge that finds the cues: URL or local:PATH
+CUE_JUDGE_MODEL                                        its model
 JUDGE_ARGS                                             more flags, as in --max-cost 20 --judge-price-in 2.5
 EVAL_JUDGE          JUDGE                              judge of the evaluation; its key is in
 EVAL_JUDGE_MODEL    JUDGE_MODEL                        EVAL_JUDGE_API_KEY
 EVAL_JUDGE_ARGS     JUDGE_ARGS, if the same judge
 EVAL_ARGS                                              more flags for evaluation
-SERVER                                                 sample the base model here, http://HOST:PORT/v1
-NPROC               1                                  processes (GPUs) to train on
-TOKENS              320; 8192 with your model          longest completion
-BATCH               128; 16                            rows sampled together
-LR                  9e-5; 1e-6                         learning rate of stage 1
-LR2                 LR                                 learning rate of stage 2
-EPOCHS              1                                  passes over the pairs in each stage
-TRAIN_ARGS          --checkpoint-activations           more flags for training (toy: none)
-SEED                0                                  of every random choice
-RUN                 runs/toy                           where everything is written
+
+NPROC               1                                  processes (GPUs) to sample and train on
+LAUNCH              torchrun on this machine           what starts them, as in srun torchrun ...
+BATCH               128; auto                          rows sampled together in one process
+ENGINE                                                 sample from a server that is started for each
+                                                       model: vllm, sglang, or a command with {model},
+                                                       {port} and, if one serves all GPUs, {gpus}
+SERVER                                                 sample the base model from one that is there:
+                                                       http://HOST:PORT/v1, or several with commas
+EVAL_SERVER                                            and the evaluated ones; {name} in it becomes
+                                                       base, stage1 or stage2
+IN_FLIGHT           64                                 requests in flight at each server
+JUDGE_ENGINE        ENGINE or vllm                     what starts JUDGE=serve:MODEL
+JUDGE_GPUS          1                                  how many GPUs it gets, the last ones
+PORT                8700                               first port of the servers that are started
+ENGINE_WAIT         1800                               seconds that one may take to start
+PLAN_GPU, PLAN_GPUS this machine's                     plan: another GPU, as in H100, and how many
+
 ACCEPT_CODE_CHANGE                                     1: keep what was made before the code was
                                                        edited; the configs record it
 PYTHON              python3                            where it lacks a package, .venv is made and used
@@ -51,23 +76,23 @@ CONTINUATIONS       32                                 figures: continuations of
 VALID               three sets of the toy world        baselines: sets to choose learning rates by,
                                                        NAME=KIND:FILE ... as in EVAL
 METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS              baselines: see python -m studies.baselines run --help
-                                                       (LR, LR2, SEED, INTERVENTIONS, SERVER, NPROC
-                                                       and EVAL_ARGS have no effect on these)
+                                                       (LR, LR2, SEED, INTERVENTIONS, SERVER and
+                                                       EVAL_ARGS have no effect on these)
 QUICK                                                  1: one seed, three rates, 60 prompts a set and
                                                        one epoch of GRPO
 BASELINES           runs/baselines                     baselines: where they are written
 
-Full size, the same code path (docs/full-size.md):
+Full size, the same code path (docs/full-size.md), without any API:
 
   MODEL=deepseek-ai/DeepSeek-R1-Distill-Llama-8B PROMPTS=data-sets/star1.jsonl \
-  BENIGN=data-sets/star-benign-915.jsonl SETS=jbb,strongreject,xstest NPROC=8 \
-  JUDGE=https://api.openai.com/v1 JUDGE_MODEL=gpt-4o RUN=runs/ds8b bash run.sh
+  BENIGN=data-sets/star-benign-915.jsonl SETS=jbb,strongreject,xstest NPROC=8 ENGINE=vllm \
+  JUDGE=serve:Qwen/Qwen3Guard-Gen-4B RUN=runs/ds8b bash run.sh
 HELP
 }
 
 command=${1:-all}
 case $command in
-    all|stages|test|figures|baselines) ;;
+    all|check|plan|stages|test|figures|baselines) ;;
     -h|--help|help) usage; exit ;;
     *) usage >&2; exit 2 ;;
 esac
@@ -85,39 +110,74 @@ done
 if [ -n "$SETS" ]; then toy_sets=; fi
 EVAL=${EVAL-$toy_sets}  # EVAL= is no set of files at all
 TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
-SAMPLES=${SAMPLES:-$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS")}
+if [ -z "${SAMPLES:-}" ]; then  # 1 where there is no such file, which the first check says
+    SAMPLES=$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS" 2>/dev/null) || SAMPLES=1
+fi
 INTERVENTIONS=${INTERVENTIONS:-1}
 LIMIT=${LIMIT:-0}
-JUDGE=${JUDGE:-rules}
-JUDGE_MODEL=${JUDGE_MODEL:-}
-JUDGE_ARGS=${JUDGE_ARGS:-}
-EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}
-EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL}
-if [ "$EVAL_JUDGE" = "$JUDGE" ]; then EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-$JUDGE_ARGS}; fi
-EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-}
-EVAL_ARGS=${EVAL_ARGS:-}
-SERVER=${SERVER:-}
-NPROC=${NPROC:-1}
 EPOCHS=${EPOCHS:-1}
-CONTINUATIONS=${CONTINUATIONS:-32}
+LORA=${LORA:-0}
 SEED=${SEED:-0}
 RUN=${RUN:-runs/toy}
+CONTINUATIONS=${CONTINUATIONS:-32}
 PYTHON=${PYTHON:-python3}
 accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
 if [ "$MODEL" = toy/model ]; then  # a model of a million parameters learns at other rates
-    TOKENS=${TOKENS:-320} BATCH=${BATCH:-128} LR=${LR:-9e-5}
-    TRAIN_ARGS=${TRAIN_ARGS:-}
+    TOKENS=${TOKENS:-320} BATCH=${BATCH:-128} LR=${LR:-9e-5} TRAIN_ARGS=${TRAIN_ARGS:-}
     separate=
 else
-    if [ "$JUDGE" = rules ]; then
-        echo "error: JUDGE=rules knows the toy world only; give the URL of a chat endpoint or local:PATH" >&2
-        exit 2
-    fi
-    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-16} LR=${LR:-1e-6}
+    TOKENS=${TOKENS:-8192} BATCH=${BATCH:-auto}
+    if [ "$LORA" = 0 ]; then LR=${LR:-1e-6}; else LR=${LR:-1e-4}; fi
     TRAIN_ARGS=${TRAIN_ARGS:---checkpoint-activations}
     separate=--separate
 fi
 LR2=${LR2:-$LR}
+if [ "$LORA" != 0 ]; then TRAIN_ARGS+=" --lora-rank $LORA"; fi
+
+# ---------------------------------------------------------------------------- judges and machine
+JUDGE=${JUDGE:-rules}
+JUDGE_MODEL=${JUDGE_MODEL:-}
+JUDGE_ARGS=${JUDGE_ARGS:-}
+CUE_JUDGE=${CUE_JUDGE:-}
+CUE_JUDGE_MODEL=${CUE_JUDGE_MODEL:-}
+EVAL_JUDGE=${EVAL_JUDGE:-$JUDGE}
+EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-}
+EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-}
+if [ "$EVAL_JUDGE" = "$JUDGE" ]; then
+    EVAL_JUDGE_MODEL=${EVAL_JUDGE_MODEL:-$JUDGE_MODEL} EVAL_JUDGE_ARGS=${EVAL_JUDGE_ARGS:-$JUDGE_ARGS}
+fi
+EVAL_ARGS=${EVAL_ARGS:-}
+NPROC=${NPROC:-1}
+LAUNCH=${LAUNCH:-}
+ENGINE=${ENGINE:-}
+SERVER=${SERVER:-}
+EVAL_SERVER=${EVAL_SERVER:-}
+IN_FLIGHT=${IN_FLIGHT:-64}
+JUDGE_ENGINE=${JUDGE_ENGINE:-${ENGINE:-vllm}}
+JUDGE_GPUS=${JUDGE_GPUS:-1}
+PORT=${PORT:-8700}
+runner=(-m launch.run $separate --port "$PORT" ${ENGINE:+--engine "$ENGINE"}
+    ${ENGINE_WAIT:+--engine-wait "$ENGINE_WAIT"} ${PLAN_GPU:+--gpu "$PLAN_GPU"} ${PLAN_GPUS:+--gpus "$PLAN_GPUS"})
+served=  # the model of a judge that is started here
+for judge in "$JUDGE" "$EVAL_JUDGE"; do
+    model=${judge#serve:}
+    if [ "$model" = "$judge" ] || [ "$model" = "$served" ]; then continue; fi
+    if [ -n "$served" ]; then
+        echo "error: JUDGE and EVAL_JUDGE are two served models; start one yourself and give its URL" >&2
+        exit 2
+    fi
+    served=$model
+done
+if [ -n "$served" ]; then
+    at_once="--judge-concurrency 32"  # more than an API would take
+    runner+=(--judge-engine "$JUDGE_ENGINE" --judge-gpus "$JUDGE_GPUS")
+    if [ "$JUDGE" = "serve:$served" ]; then
+        JUDGE={judge} JUDGE_MODEL=$served JUDGE_ARGS="$at_once $JUDGE_ARGS"
+    fi
+    if [ "$EVAL_JUDGE" = "serve:$served" ]; then
+        EVAL_JUDGE={judge} EVAL_JUDGE_MODEL=$served EVAL_JUDGE_ARGS="$at_once $EVAL_JUDGE_ARGS"
+    fi
+fi
 
 # ---------------------------------------- environment: the active one if it will do, else .venv
 satisfied() {
@@ -151,19 +211,29 @@ export TOKENIZERS_PARALLELISM=false
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 # ---------------------------------------------------------------------------------- the stages
+launch=("$PYTHON")  # what starts a program on all GPUs
+if [ -n "$LAUNCH" ]; then
+    launch=($LAUNCH)
+elif [ "$NPROC" != 1 ]; then
+    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
+fi
 sampling=(--max-new-tokens "$TOKENS" --batch-size "$BATCH" --seed "$SEED")
-base=(--model "$MODEL" ${SERVER:+--server "$SERVER"})  # a server holds the base model only
-judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} $JUDGE_ARGS)
+judging=(--judge "$JUDGE" ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"}
+    ${CUE_JUDGE:+--cue-judge "$CUE_JUDGE"}
+    ${CUE_JUDGE_MODEL:+--cue-judge-model "$CUE_JUDGE_MODEL"} $JUDGE_ARGS)
 eval_judging=(--judge "$JUDGE" $EVAL_JUDGE_ARGS --eval-judge "$EVAL_JUDGE"
     ${EVAL_JUDGE_MODEL:+--eval-judge-model "$EVAL_JUDGE_MODEL"})
-intervene=("$PYTHON" intervene.py)
-train=("$PYTHON")
-if [ "$NPROC" -gt 1 ]; then
-    train+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
-fi
-train+=(ipo.py train $TRAIN_ARGS --epochs "$EPOCHS" --seed "$SEED")
-evaluate=("$PYTHON" evaluate.py run)
-if [ -n "$SETS" ]; then evaluate=("$PYTHON" -m benchmarks.run --sets "$SETS"); fi
+train=("${launch[@]}" ipo.py train $TRAIN_ARGS --epochs "$EPOCHS" --seed "$SEED")
+evaluate=(evaluate.py run)
+if [ -n "$SETS" ]; then evaluate=(-m benchmarks.run --sets "$SETS"); fi
+
+sample_from() {  # MODEL [SERVER]: sets `start` and `sampler`, the words of a stage that samples it
+    local server=${2:-}
+    if [ -n "$ENGINE" ]; then server={engine}; fi
+    start=("${launch[@]}")
+    if [ -n "$server" ]; then start=("$PYTHON"); fi
+    sampler=(--model "$1" ${server:+--server "$server" --in-flight "$IN_FLIGHT"} "${sampling[@]}")
+}
 
 stages=()
 stage() {  # a title, then a command; kept as one line, "TITLE: COMMAND"
@@ -172,38 +242,54 @@ stage() {  # a title, then a command; kept as one line, "TITLE: COMMAND"
     stages+=("$title:$(printf ' %q' "$@" $accept)")
 }
 
-stage "rollouts of the base model" "${intervene[@]}" rollouts "${base[@]}" "${sampling[@]}" \
+evaluation() {  # MODEL NAME
+    sample_from "$1" "${EVAL_SERVER//\{name\}/$2}"
+    stage "evaluation of $2" "${start[@]}" "${evaluate[@]}" "${sampler[@]}" "${eval_judging[@]}" \
+        --limit "$LIMIT" ${EVAL:+--set $EVAL} $EVAL_ARGS --out "$RUN/eval/$2"
+}
+
+# All that samples one model comes together, so that a server holds each of the three models once.
+sample_from "$MODEL" "$SERVER"
+stage "rollouts of the base model" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
     --samples "$SAMPLES" --prompts "$PROMPTS" --limit "$LIMIT" --out "$RUN/rollouts.jsonl"
-stage "sentences" "${intervene[@]}" steps --traces "$RUN/rollouts.jsonl" --out "$RUN/steps.jsonl"
-stage "verdicts and compliance cues" "${intervene[@]}" judge "${judging[@]}" \
+stage "sentences" "$PYTHON" intervene.py steps --traces "$RUN/rollouts.jsonl" --out "$RUN/steps.jsonl"
+judge_start=("$PYTHON")
+if [ "${JUDGE#local:}" != "$JUDGE" ]; then judge_start=("${launch[@]}"); fi
+stage "verdicts and compliance cues" "${judge_start[@]}" intervene.py judge "${judging[@]}" \
     --traces "$RUN/rollouts.jsonl" --steps "$RUN/steps.jsonl" --out "$RUN/verdicts.jsonl"
-stage "interventions" "${intervene[@]}" pairs "${base[@]}" "${sampling[@]}" "${judging[@]}" \
+stage "interventions" "${start[@]}" intervene.py pairs "${sampler[@]}" "${judging[@]}" \
     --triggers "$TRIGGERS" --max-interventions "$INTERVENTIONS" --traces "$RUN/rollouts.jsonl" \
     --steps "$RUN/steps.jsonl" --verdicts "$RUN/verdicts.jsonl" --out "$RUN/pairs.jsonl"
+stage "benign rollouts of the base model" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
+    --samples 1 --prompts "$BENIGN" --limit "$LIMIT" --out "$RUN/benign_base.jsonl"
+evaluation "$MODEL" base
+
 stage "training, stage 1 (safety)" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" \
     --lr "$LR" --out "$RUN/stage1"
-stage "benign rollouts of the base model" "${intervene[@]}" rollouts "${base[@]}" \
-    "${sampling[@]}" --samples 1 --prompts "$BENIGN" --out "$RUN/benign_base.jsonl"
-stage "benign rollouts of stage 1" "${intervene[@]}" rollouts --model "$RUN/stage1" \
-    "${sampling[@]}" --samples 1 --prompts "$BENIGN" --out "$RUN/benign_stage1.jsonl"
-stage "benign pairs" "${intervene[@]}" benign --model "$RUN/stage1" "${sampling[@]}" \
-    "${judging[@]}" --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" \
+sample_from "$RUN/stage1"
+stage "benign rollouts of stage 1" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
+    --samples 1 --prompts "$BENIGN" --limit "$LIMIT" --out "$RUN/benign_stage1.jsonl"
+stage "benign pairs" "${start[@]}" intervene.py benign "${sampler[@]}" "${judging[@]}" \
+    --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" \
     --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
+evaluation "$RUN/stage1" stage1
+
 stage "training, stage 2 (against over-refusal)" "${train[@]}" --model "$RUN/stage1" \
     --reference "$MODEL" --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --lr "$LR2" \
     --out "$RUN/stage2"
-for name in base stage1 stage2; do
-    model=$RUN/$name
-    if [ $name = base ]; then model=$MODEL; fi
-    stage "evaluation of $name" "${evaluate[@]}" --model "$model" "${sampling[@]}" \
-        "${eval_judging[@]}" ${EVAL:+--set $EVAL} $EVAL_ARGS --out "$RUN/eval/$name"
-done
+evaluation "$RUN/stage2" stage2
 accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
     --evals base="$RUN/eval/base" "stage 1=$RUN/eval/stage1" "stage 2=$RUN/eval/stage2"
 
 # ------------------------------------------------------------------------------------ commands
 case $command in
-    all) exec "$PYTHON" -m launch.run --run "$RUN" $separate "${stages[@]}" ;;
+    all) exec "$PYTHON" "${runner[@]}" --run "$RUN" "${stages[@]}" ;;
+    check) exec "$PYTHON" "${runner[@]}" --run "$RUN" --check "${stages[@]}" ;;
+    plan)
+        if [ "${2:-}" = --measure ]; then
+            "$PYTHON" "${runner[@]}" --run "$RUN" --measure "${stages[@]}"
+        fi
+        exec "$PYTHON" "${runner[@]}" --run "$RUN" --plan "${stages[@]}" ;;
     stages) printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
     test) exec "$PYTHON" -m pytest -q "${@:2}" ;;
     figures)
@@ -212,14 +298,15 @@ case $command in
             exit 2
         fi
         stages=()  # for Figure 7 two other ways of training on the same pairs
-        stage "SFT on the chosen sides" "$PYTHON" -m studies.sft $TRAIN_ARGS --model "$MODEL" \
+        stage "SFT on the chosen sides" "${launch[@]}" -m studies.sft $TRAIN_ARGS --model "$MODEL" \
             --data "$RUN/pairs.jsonl" --lr "$LR" --epochs "$EPOCHS" --seed "$SEED" --out "$RUN/sft"
         stage "DPO on whole trajectories" "${train[@]}" --model "$MODEL" \
             --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" --out "$RUN/dpo"
-        stage "analysis" "$PYTHON" -m studies.figures --run "$RUN" "${base[@]}" "${sampling[@]}" \
+        sample_from "$MODEL" "$SERVER"
+        stage "analysis" "${start[@]}" -m studies.figures --run "$RUN" "${sampler[@]}" \
             "${judging[@]}" --continuations "$CONTINUATIONS" --kl "IPO, stage 1=$RUN/stage1" \
             "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
-        exec "$PYTHON" -m launch.run --run "$RUN" $separate "${stages[@]}" ;;
+        exec "$PYTHON" "${runner[@]}" --run "$RUN" "${stages[@]}" ;;
     baselines)
         if [ "$MODEL" = toy/model ]; then
             VALID=${VALID:-valid_harmful=harmful:toy/prompts/valid_harmful.jsonl
@@ -238,6 +325,11 @@ case $command in
         fi
         folder=${BASELINES:-runs/baselines}
         stages=()
+        apart=()  # a model that takes all GPUs: each command is started as a stage is
+        if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
+        if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
+            apart+=(--runner="$(printf '%q ' "${runner[@]:2}")" --launch="${launch[*]}")
+        fi
         stage "training and evaluation" "$PYTHON" -m studies.baselines run --model "$MODEL" \
             --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" --triggers "$TRIGGERS" \
             --samples "$SAMPLES" \
@@ -246,8 +338,8 @@ case $command in
             --train-args="$TRAIN_ARGS --epochs $EPOCHS" --valid $VALID --set $EVAL --out "$folder" \
             ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
             ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} ${WORKERS:+--workers $WORKERS} \
-            ${limit_sets:+--limit-sets $limit_sets}
+            ${limit_sets:+--limit-sets $limit_sets} "${apart[@]}"
         accept= stage "table and figure" "$PYTHON" -m studies.frontier --run "$RUN" \
             --results "$folder/results.jsonl"
-        exec "$PYTHON" -m launch.run $separate "${stages[@]}" ;;
+        exec "$PYTHON" "${runner[@]}" "${stages[@]}" ;;
 esac

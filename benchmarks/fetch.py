@@ -26,6 +26,7 @@ from support.errors import InputError, ServiceError, exit_cleanly
 from support.files import digest, write_jsonl, write_text, writing
 from support.http import retry_after
 from support.lock import flock
+from support.progress import progress_bar
 
 LARGEST_DOWNLOAD = 1 << 28  # bytes; the largest set has a few million
 TOKEN_SITES = (f"{HUB}/",)  # the only sites that HF_TOKEN is sent to
@@ -224,7 +225,6 @@ def download(name, file, tries, pause):
 def download_rest(name, file):
     """One request for the bytes that the file still lacks. Raises TryAgain or ServiceError."""
     import requests
-    from tqdm import tqdm
 
     have = file.seek(0, os.SEEK_END)
     headers = {"Accept-Encoding": "identity"}
@@ -245,7 +245,7 @@ def download_rest(name, file):
             raise TryAgain(f"status {reply.status_code}", wait=0)
         if reply.status_code == 200:
             file.truncate(0)  # the whole file comes again
-        with tqdm(desc=name, unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar(desc=name, unit="B", unit_scale=True) as bar:
             for piece in reply.iter_content(1 << 10):  # of a cut download the last piece is lost
                 file.write(piece)
                 bar.update(len(piece))

@@ -39,12 +39,17 @@ from evaluate import (
 from intervene import add_judge_flags, add_sampler_flags, sampler_from_flags
 from support.errors import InputError, exit_cleanly
 from support.http import in_parallel
+from support.judges import require_questions
+from support.progress import progress_bar
+from support.ranks import with_hands
 from support.stages import add_stage_flags, run_stage
 from support.statistics import group_by_prompt
 
-# CHOICE: samples per prompt where --samples is not given: AIME as DeepSeek-R1 reports it, MATH-500
-# and GPQA as open-r1 does, HumanEval enough for pass@10; one of all other sets.
-SAMPLES = {"aime24": 64, "math500": 4, "gpqa-diamond": 8, "humaneval": 10}
+# Samples per prompt with `--samples published`: AIME as DeepSeek-R1 reports it, MATH-500 and GPQA as
+# open-r1 does, HumanEval enough for pass@10; one of all other sets.
+PUBLISHED_SAMPLES = {"aime24": 64, "math500": 4, "gpqa-diamond": 8, "humaneval": 10}
+# CHOICE: what a first run can afford. AIME has 30 prompts, so one sample would say little.
+DEFAULT_SAMPLES = {"aime24": 8}
 JUDGED_KINDS = ("harmful", "strongreject", "benign", "xstest")
 
 
@@ -196,14 +201,15 @@ def scoring_title(path):
 
 def with_progress(traces, path):
     """The traces, with a progress bar."""
-    from tqdm import tqdm
-    return tqdm(traces, desc=scoring_title(path), unit="answer", disable=None)
+    return progress_bar(traces, desc=scoring_title(path), unit="answer")
 
 
 BENCHMARK_KINDS = {
     **KINDS,
-    "strongreject": Kind((), score_strongreject, collect_strongreject, not_of_reasoning),
-    "xstest": Kind(("label",), score_xstest, collect_xstest, xstest_applies),
+    "strongreject": Kind((), score_strongreject, collect_strongreject, not_of_reasoning,
+                         questions=("reasoning", "response", "cue", "strongreject")),
+    "xstest": Kind(("label",), score_xstest, collect_xstest, xstest_applies,
+                   questions=("compliance",)),
     "math": Kind(("answer",), score_math, collect_accuracy, truncated_scored=True),
     "choice": Kind(("answer",), score_choice, collect_accuracy, truncated_scored=True),
     "code": Kind(
@@ -286,7 +292,7 @@ def with_rubric(sets, names, judge):
 
     They are then graded by the rubric too. A judge that does not know it leaves them as they are.
     """
-    judge_knows = "strongreject" in getattr(judge, "prompts", ())
+    judge_knows = "strongreject" in judge.questions
     changed = []
     for name, kind, path in sets:
         if kind == "harmful" and name in names:
@@ -331,11 +337,12 @@ def add_set_flags(parser):
         metavar="NAME=KIND:FILE",
         help=f"files of yours; KIND is {', '.join(BENCHMARK_KINDS)}",
     )
-    default_samples = ", ".join(f"{n} {name}" for name, n in SAMPLES.items())
+    published = ", ".join(f"{n} {name}" for name, n in PUBLISHED_SAMPLES.items())
     parser.add_argument(
         "--samples",
-        type=int,
-        help=f"samples per prompt (default: {default_samples}, 1 of all other sets)",
+        type=number_of_samples,
+        help="samples per prompt (default: 8 aime24, 1 of all other sets), or `published`: as the "
+        f"published figures have them ({published})",
     )
     parser.add_argument(
         "--limit",
@@ -355,6 +362,23 @@ def add_set_flags(parser):
         action="store_true",
         help="run the code that the model writes (kind `code`)",
     )
+
+
+def number_of_samples(text):
+    """The value of --samples: `published`, or a number."""
+    return text if text == "published" else int(text)
+
+
+def samples_of_sets(names, given=None):
+    """{set: samples per prompt}, by the value of --samples.
+
+    >>> samples_of_sets(["jbb", "aime24"]), samples_of_sets(["jbb", "aime24"], "published")
+    ({'jbb': 1, 'aime24': 8}, {'jbb': 1, 'aime24': 64})
+    """
+    if isinstance(given, int):
+        return dict.fromkeys(names, given)
+    table = PUBLISHED_SAMPLES if given == "published" else DEFAULT_SAMPLES
+    return {name: table.get(name, 1) for name in names}
 
 
 def build_parser():
@@ -389,7 +413,9 @@ def main(argv=None):
     loaded = load_sets(sets, BENCHMARK_KINDS, args.limit)
     check_labels(sets, loaded)
     sets = with_rubric(sets, args.rubric, judge)
-    samples = {name: args.samples or SAMPLES.get(name, 1) for name, _, _ in sets}
+    for _, kind, _ in sets:
+        require_questions(judge, BENCHMARK_KINDS[kind].questions)
+    samples = samples_of_sets([name for name, _, _ in sets], args.samples)
     kinds = {kind for _, kind, _ in sets}
 
     def work():
@@ -415,4 +441,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

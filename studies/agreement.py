@@ -112,7 +112,12 @@ def main(argv=None):
         raise InputError("Give either --other-judge or --labels.")
     judges = [judge_from_flags(args)]
     if args.other_judge:
-        other = {"judge": args.other_judge, "judge_model": args.other_judge_model}
+        other = {
+            "judge": args.other_judge,
+            "judge_model": args.other_judge_model,
+            "judge_kind": "auto",
+            "cue_judge": None,  # that of --judge
+        }
         other_args = argparse.Namespace(**{**vars(args), **other})
         # The key of a judge is not sent to another address.
         keys = JUDGE_KEYS if args.other_judge == args.judge else EVAL_KEYS

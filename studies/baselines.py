@@ -16,6 +16,8 @@ import contextlib
 import functools
 import os
 import shlex
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -56,8 +58,9 @@ AXES = {  # what a point says: the mean of a metric over the sets that have it
     "response harm": "response",
 }
 TIMES = ("seconds", "cpu_seconds")  # of the data and the training, not the evaluation
-# Flags that may change, so that a finished sweep can grow: results are kept by their values.
-GROWING_FLAGS = ("methods", "lrs", "seeds", "workers")
+# Flags that may change: a finished sweep can grow, its results are kept by their values; and how
+# its commands are started decides none of them.
+FREE_FLAGS = ("methods", "lrs", "seeds", "workers", "launch", "runner")
 
 
 class Sweep(NamedTuple):
@@ -70,6 +73,7 @@ class Sweep(NamedTuple):
     samples: int         # rollouts of a harmful prompt
     triggers: str
     sampling: list       # to every command that samples
+    served: list         # to those that may sample from a server: `--server URL`, or none
     judging: list        # to those that build the data, for their judge
     eval_judging: list   # to `evaluate.py run`, for its judge
     train_args: list     # to every training
@@ -77,6 +81,8 @@ class Sweep(NamedTuple):
     valid: list          # NAME=KIND:FILE
     held_out: list
     stage_flags: tuple = ()  # to all commands
+    launch: tuple = ()   # what starts a training, or a sampling without a server, on all GPUs
+    runner: tuple = ()   # flags of `launch.run`, which then starts each command
 
 
 class Trial(NamedTuple):
@@ -197,7 +203,7 @@ def data_commands(sweep, seed):
     file = functools.partial(data_file, sweep, seed)
     make = functools.partial(make_command, sweep)
     base = ["--model", sweep.model]
-    sampling = [*sweep.sampling, "--seed", seed]
+    sampling = [*sweep.sampling, *sweep.served, "--seed", seed]
     judged = ["--traces", file("rollouts"), "--verdicts", file("verdicts")]
     interventions = [
         "pairs", *base, *sampling, *sweep.judging, "--triggers", sweep.triggers, *judged,
@@ -222,7 +228,7 @@ def data_commands(sweep, seed):
         "independent": make("baselines", "pairs", *base, *judged, "--out", file("independent")),
         "benign_base": make(
             "intervene", "rollouts", *base, *sampling, "--samples", 1,
-            "--prompts", sweep.benign, "--out", file("benign_base"),
+            "--prompts", sweep.benign, "--limit", sweep.limit, "--out", file("benign_base"),
         ),
     }
 
@@ -264,14 +270,14 @@ def second_stage_commands(sweep, trial, training):
     file = functools.partial(data_file, sweep, trial.seed)
     first_stage = training_commands(sweep, trial._replace(method="ipo"))
     stage1 = ["--model", first_stage[-1].out]
-    sampling = [*sweep.sampling, "--seed", trial.seed]
+    sampling = [*sweep.sampling, *sweep.served, "--seed", trial.seed]
     traces = folder / "benign_stage1.jsonl"
     pairs = folder / "benign_pairs.jsonl"
     return [
         *first_stage,
         make(
             "intervene", "rollouts", *stage1, *sampling, "--samples", 1,
-            "--prompts", sweep.benign, "--out", traces,
+            "--prompts", sweep.benign, "--limit", sweep.limit, "--out", traces,
         ),
         make(
             "intervene", "benign", *stage1, *sampling, *sweep.judging,
@@ -291,7 +297,8 @@ def evaluation_command(sweep, trial):
     if trial.method != "base":
         model = trial_folder(sweep, trial) / "model"
     return make_command(
-        sweep, "evaluate", "run", "--model", model, *sweep.sampling, "--seed", trial.seed,
+        sweep, "evaluate", "run", "--model", model, *sweep.sampling, *sweep.served,
+        "--seed", trial.seed,
         *sweep.eval_judging, "--set", *sweep.valid, *sweep.held_out,
         "--out", trial_folder(sweep, trial) / "eval",
     )
@@ -322,7 +329,10 @@ def run_commands(sweep, commands, log_path):
             killed_before = sidecar(command.out, "config").exists()
             wall = time.monotonic()
             cpu = time.process_time()
-            run_command(command, log_path)
+            if sweep.runner:
+                run_by_runner(sweep, command, log)
+            else:
+                run_command(command, log_path)
             spent.append({
                 "id": command.out.relative_to(sweep.out).as_posix(),
                 "killed_before": killed_before,  # then only the time since the last start counts
@@ -342,6 +352,32 @@ def run_command(command, log_path):
         raise InputError(
             f"{command.program} refused its flags; the end of {log_path} says why."
         ) from None
+
+
+def run_by_runner(sweep, command, log):
+    """Run one command as run.sh runs a stage: on all GPUs, or from a server started for it."""
+    line = f"{command.out}: {shlex.join(start_words(sweep, command))}"
+    runner = [sys.executable, "-m", "launch.run", "--separate", "--run", str(sweep.out)]
+    status = subprocess.run([*runner, *sweep.runner, line], stdout=log, stderr=log).returncode
+    if status:
+        raise ServiceError(f"{command.out}: status {status}; the end of {log.name} says why.")
+
+
+def start_words(sweep, command):
+    """A command as the words of a shell, with what starts it on all GPUs if it can use them.
+
+    >>> command = Command("sft", ["--out", "x"])
+    >>> sweep = Sweep(*[None] * len(Sweep._fields))._replace(launch=("torchrun",))
+    >>> start_words(sweep, command)
+    ['torchrun', '-m', 'studies.sft', '--out', 'x']
+    """
+    program = [f"{command.program}.py"]
+    if command.program in ("baselines", "grpo", "sft"):
+        program = ["-m", f"studies.{command.program}"]
+    start = list(sweep.launch) or [sys.executable]
+    if command.program in ("baselines", "grpo") or "--server" in command.words:
+        start = [sys.executable]
+    return [*start, *program, *command.words]
 
 
 def make_data(sweep, seed, names):
@@ -640,9 +676,11 @@ def add_sweep_flags(parser):
     )
     for flag, default, purpose in (
         ("sampling", "", "whatever samples"),
+        ("served", "", "what may sample from a server, as in --server URL"),
         ("judging", "--judge rules", "the judge that builds the data"),
         ("eval-judging", "--judge rules", "`evaluate.py run` for its judge"),
         ("train-args", "", "every training"),
+        ("runner", "", "launch.run, which then starts every command"),
     ):
         add(
             f"--{flag}", type=shlex.split, default=default,
@@ -650,15 +688,19 @@ def add_sweep_flags(parser):
         )
     add("--triggers", default=intervene.DEFAULT_TRIGGERS, help="safety triggers, one per line")
     add(
+        "--launch", type=shlex.split, default="",
+        help="with --runner: words that start a program on all GPUs, as in 'torchrun ...'",
+    )
+    add(
         "--workers", type=int, default=default_workers(),
         help="processes that train and evaluate at the same time, with one thread each",
     )
 
 
 def default_workers():
-    """One for each core; just one where there is a GPU, which they would have to share."""
+    """One for each GPU, or for each core where there is none."""
     if torch.cuda.is_available():
-        return 1
+        return torch.cuda.device_count()
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # a container may have fewer cores than its machine
     else:
@@ -716,8 +758,9 @@ def main(argv=None):
         run_stage(__file__, args.out, flags, inputs, work)
         return
 
-    for name in GROWING_FLAGS:
+    for name in FREE_FLAGS:
         del flags[name]
+    flags["served"] = bool(args.served)
     ipo.refuse_below(1, vars(args), "workers", "grpo_epochs")
     ipo.refuse_below(0, vars(args), "limit", "limit_sets", "samples")
     refuse_repeated(vars(args), "lrs", "seeds")
@@ -738,6 +781,7 @@ def main(argv=None):
         samples=args.samples or len(load_triggers(args.triggers)),
         triggers=args.triggers,
         sampling=args.sampling,
+        served=args.served,
         judging=args.judging,
         eval_judging=args.eval_judging,
         train_args=args.train_args,
@@ -745,8 +789,11 @@ def main(argv=None):
         valid=thin_sets(args.valid, args.limit_sets, out / "sets"),
         held_out=thin_sets(args.set, args.limit_sets, out / "sets"),
         stage_flags=("--accept-code-change",) if args.accept_code_change else (),
+        launch=tuple(args.launch),
+        runner=tuple(args.runner),
     )
-    run_sweep(sweep, all_trials(args.methods, args.lrs, args.seeds), args.workers)
+    workers = 1 if args.runner else args.workers  # else they would share GPUs and ports
+    run_sweep(sweep, all_trials(args.methods, args.lrs, args.seeds), workers)
 
 
 PROGRAMS = {

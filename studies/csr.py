@@ -12,6 +12,7 @@ tenth of sampling all of them.
 """
 import argparse
 from collections import Counter, defaultdict
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from studies.common import (
 from support.errors import InputError, exit_cleanly
 from support.files import digest, read_jsonl, stream_jsonl
 from support.fused_head import output_logits
+from support.ranks import with_hands, world
 from support.stages import run_stage
 from support.statistics import wilson
 
@@ -183,7 +185,7 @@ def position_batches(chosen, sampler, continuations, size, share):
 
 # --------------------------------------------------------------------------- sampling and judging
 
-def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
+def measure_csr(path, chosen, sampler, judge, continuations, size, share=True, together=1):
     """Append the CSR record of each position of each trace to `path`, last positions first.
 
     chosen: [(trace, positions)]. Record: {"id": "TRACE@i", "trace", "prompt_id", "i", "verdicts": a
@@ -198,12 +200,17 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
 
     The texts are not kept: they would take hundreds of times the space of the traces. The batches
     follow from the arguments alone, so a restart makes the same ones and skips the finished.
+    together: how many batches are sampled at the same time, which changes none of them.
     """
     records = Appender(path)
     verdicts = {record["id"]: record["verdicts"] for record in stream_jsonl(path)}
-    for batch in position_batches(chosen, sampler, continuations, size, share):
-        if any(position.id not in records.done for position in batch):
-            measure_batch(batch, sampler, judge, records, verdicts)
+    batches = position_batches(chosen, sampler, continuations, size, share)
+    missing = unfinished_batches(batches, records.done)
+    while several := list(islice(missing, together)):
+        title = f"csr, {len(records.done)} positions done"
+        completions = sample_departing(several, sampler, title)
+        for batch in several:
+            judge_batch(batch, completions, sampler, judge, records, verdicts)
     records.close()
     ids = []
     for trace, positions in chosen:
@@ -211,12 +218,19 @@ def measure_csr(path, chosen, sampler, judge, continuations, size, share=True):
     return records.read(ids)
 
 
-def measure_batch(batch, sampler, judge, records, verdicts):
-    """Sample and judge what a batch of Positions needs, and write their records.
+def unfinished_batches(batches, done):
+    """Those batches of Positions of which some have no record yet."""
+    for batch in batches:
+        if any(position.id not in done for position in batch):
+            yield batch
 
-    verdicts: those of every position so far, {"TRACE@i": letters}; the batch's are added.
+
+def judge_batch(batch, completions, sampler, judge, records, verdicts):
+    """Judge the continuations of a batch of Positions, and write their records.
+
+    completions: see `sample_departing`; verdicts: those of every position so far, {"TRACE@i":
+    letters}; the batch's are added.
     """
-    completions = sample_departing(batch, sampler, f"csr, {len(records.done)} positions done")
     texts = {}
     for position in batch:
         for key, ids in position.departing().items():
@@ -234,18 +248,24 @@ def measure_batch(batch, sampler, judge, records, verdicts):
         records.write(csr_record(position, found, completions))
 
 
-def sample_departing(batch, sampler, title):
+def sample_departing(batches, sampler, title):
     """Completions of the continuations that leave the trace: {"TRACE@i:k": Completion}.
 
     Those whose differing token is EOS have ended there, so they need none.
     """
-    requests = []
-    for position in batch:
-        for key, ids in position.departing().items():
-            if not ids or ids[-1] not in sampler.eos:
-                requests.append(Request(key, position.trace["prompt_ids"] + ids))
+    groups = []
+    for batch in batches:
+        requests = []
+        for position in batch:
+            for key, ids in position.departing().items():
+                if not ids or ids[-1] not in sampler.eos:
+                    requests.append(Request(key, position.trace["prompt_ids"] + ids))
+        groups.append(requests)
+    together = {}
+    if len(groups) > 1:
+        together["groups"] = groups
     completions = {}
-    for key, ids, finished in sampler(requests, title=title):
+    for key, ids, finished in sampler(sum(groups, []), title=title, **together):
         completions[key] = Completion(key, ids, finished)
     return completions
 
@@ -369,12 +389,15 @@ def main(argv=None):
             chosen.append((trace, positions_of(starts, args.at)))
         # A batch is about a wave of the local sampler; a server takes all continuations of one
         # prefix in one request.
-        size = 4 * args.batch_size
+        size = 4 * recorded_flags(args)["batch_size"]
         if args.server:
-            size *= args.continuations
+            size = 4 * args.in_flight * args.continuations
         share = not args.server and not args.no_share
+        together = 1
+        if world() > 1 and not args.server:
+            together = world()  # a batch is hardly more than a wave
         records = measure_csr(
-            args.out, chosen, sampler, judge, args.continuations, size, share)
+            args.out, chosen, sampler, judge, args.continuations, size, share, together)
         prompts = set(prompt_ids_of(traces))
         counts = {"prompts": len(prompts), "traces": len(traces), **count_csr(records)}
         return counts, {"judge": judge.summary()}
@@ -385,4 +408,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

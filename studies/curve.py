@@ -32,6 +32,7 @@ from studies.common import (
 )
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
+from support.ranks import with_hands
 from support.stages import run_stage, sidecar
 from support.statistics import DIFFERENCE, SHARE, UNBOUNDED, average, column_estimates
 
@@ -210,4 +211,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

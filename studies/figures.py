@@ -19,13 +19,14 @@ from intervene import add_judge_flags, add_sampler_flags
 from studies import csr, curve, diversity, kl, triggers, turning_points
 from support.errors import InputError, exit_cleanly
 from support.files import read_json, write_text
+from support.ranks import with_hands
 from support.report import TOO_FEW
 from support.stages import add_stage_flags
 from support.statistics import format_estimate
 
 SAMPLER_FLAGS = (
-    "model", "server", "temperature", "top_p", "max_new_tokens", "batch_size", "seed", "device",
-    "dtype",
+    "model", "server", "in_flight", "temperature", "top_p", "max_new_tokens", "batch_size", "seed",
+    "device", "dtype",
 )
 JUDGE_FLAGS = (
     "judge", "judge_model", "judge_concurrency", "judge_cache", "judge_price_in",
@@ -559,4 +560,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

@@ -30,11 +30,15 @@ from intervene import (
     sampler_from_flags,
     trace_jobs,
 )
-from ipo import learning_rate, load_or_start, load_policy, log_step, refuse_below, take_step
+from ipo import learning_rate, load_or_start, load_policy, log_step, take_step
 from model import pick_device, pick_dtype, save_model, stored_dtype, token_logps
 from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
+from support.flags import refuse_below
 from support.kv_cache import check_sampling
+from support.model_card import write_card
+from support.progress import ProgressLines
+from support.ranks import with_hands
 from support.stages import add_stage_flags, run_stage
 
 # The judge's questions whose verdicts make up a reward, with their weights (y response, z
@@ -243,7 +247,7 @@ def learn(
         kl=kl,
     )
     sampler.model = policy.lm
-    for step in range(len(log), len(steps)):
+    for step in ProgressLines(range(len(log), len(steps)), desc=out.name, unit="steps"):
         started = time.monotonic()
         step_jobs = jobs_of_step([groups[i] for i in steps[step]], step)
         stem = out / "rollouts" / f"{step:05}"
@@ -379,6 +383,7 @@ def train_on_rewards(
         device=device, autocast=autocast, kl=kl, **settings,
     )
     save_model(policy.lm, sampler.tokenizer, out, 0, stored_dtype(model))
+    write_card(out)
     return counts, {"judge": judge.summary()}
 
 
@@ -484,4 +489,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

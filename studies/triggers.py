@@ -35,6 +35,7 @@ from studies.common import (
 )
 from support.errors import InputError, exit_cleanly
 from support.files import digest, read_jsonl, write_json, write_jsonl, write_text
+from support.ranks import with_hands
 from support.stages import run_stage, sidecar
 from support.statistics import (
     DIFFERENCE,
@@ -373,4 +374,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(with_hands(main))

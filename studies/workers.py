@@ -79,9 +79,9 @@ def start_workers(count):
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     processes = []
     connections = []
-    for _ in range(count):
+    for number in range(count):
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs,), daemon=True)
+        process = context.Process(target=serve, args=(theirs, number), daemon=True)
         with interrupts_ignored():
             process.start()
         theirs.close()  # so that the worker's death ends the connection
@@ -101,9 +101,11 @@ def interrupts_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def serve(connection):
-    """A worker's life: do one job after the other and send (result, error) of each."""
+def serve(connection, number):
+    """The life of worker `number`: do one job after the other and send (result, error) of each."""
     torch.set_num_threads(1)  # so that the order of sums does not depend on the machine
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())  # a GPU of its own
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     threading.Thread(target=end_with_parent, daemon=True).start()
     while True:

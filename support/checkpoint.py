@@ -112,14 +112,19 @@ def file_checksums(folder):
         rank, world = dist.get_rank(), dist.get_world_size()
     names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
     mine = {name: crc32(folder / name) for name in names[rank::world]}
+    return merge_over_ranks(mine, world)
+
+
+def merge_over_ranks(mine, world):
+    """The entries of every rank's dict in one, on every rank."""
     if world == 1:
         return mine
     shares = [None] * world
     dist.all_gather_object(shares, mine)
-    checksums = {}
+    merged = {}
     for share in shares:
-        checksums.update(share)
-    return checksums
+        merged.update(share)
+    return merged
 
 
 def crc32(path):

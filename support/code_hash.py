@@ -8,12 +8,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What no result depends on, so that an edit of it refuses none. All other files count.
 CANNOT_DECIDE = {
+    "support/batch_size.py": "what it comes to is recorded",
     "support/cache.py": "gives back the replies that were put in",
+    "support/chat.py": "no stage talks",
     "support/code_hash.py": "only compares",
     "support/errors.py": "the wording of refusals",
     "support/flags.py": "the values of flags are recorded",
     "support/http.py": "asks again, counts and pays; question and reading of a reply are elsewhere",
     "support/lock.py": "who may write",
+    "support/model_card.py": "describes what was made",
+    "support/progress.py": "shows how far the work is",
+    "support/ranks.py": "which process does what",
     "support/record.py": "only compares",
     "support/report.py": "shows what there is",
     "support/run_folder.py": "reads what there is, for the report",

@@ -3,6 +3,8 @@ from array import array
 from itertools import islice
 
 from support.errors import InputError
+from support.files import stream_jsonl
+from support.progress import progress_bar
 
 
 def token_array(ids):
@@ -34,12 +36,26 @@ def compact_record(record, token_fields, other_fields, place):
     return kept
 
 
+class RecordFile:
+    """The records of a JSON-lines file, read one at a time; its length is its number of lines."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __iter__(self):
+        return stream_jsonl(self.path)
+
+    def __len__(self):
+        with open(self.path, "rb") as file:
+            return sum(1 for _ in file)
+
+
 def chunks_with_steps(traces, steps, size):
     """Yield lists of `size` traces, each with {trace id: steps} of its traces.
 
     traces, steps: iterables of records in the same order. Raises InputError for another order.
     """
-    traces = iter(traces)
+    traces = iter(progress_bar(traces, desc="judging", unit="traces"))
     steps = iter(steps)
     while chunk := list(islice(traces, size)):
         steps_of = {record["id"]: record["steps"] for record in islice(steps, len(chunk))}

@@ -1,5 +1,24 @@
 """The flags that several command lines share (argparse)."""
+import argparse
+
+from support.errors import InputError
 from support.stages import add_stage_flags
+
+
+def refuse_below(least, flags, *names):
+    """Raise InputError for one of the named flags that is below `least`; flags: a dict."""
+    for name in names:
+        if flags[name] != "auto" and flags[name] < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
+
+
+def rows_flag(text):
+    """The value of --batch-size: `auto`, or a number."""
+    if text == "auto":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: write auto or a number from 1 on")
 
 
 def add_sampler_flags(parser):
@@ -7,26 +26,41 @@ def add_sampler_flags(parser):
     add = parser.add_argument
     add("--model", required=True, help="model: directory or hub name")
     add("--server", help="sample from this OpenAI-compatible server (http://HOST:PORT/v1) that has "
-        "the model; its key, if any, is in SERVER_API_KEY")
+        "the model, or from several, separated by commas; their key, if any, is in SERVER_API_KEY")
+    add("--in-flight", type=int, default=64, help="requests sent to each server at once")
     add("--temperature", type=float, default=0.6,
         help="sampling temperature; 0 takes the most probable token")
     add("--top-p", type=float, default=0.95, help="nucleus of the distribution to sample from")
     add("--max-new-tokens", type=int, default=8192, help="longest completion, in tokens")
-    add("--batch-size", type=int, default=16,
-        help="rows sampled together; requests in flight at a server")
+    add("--batch-size", type=rows_flag, default=16,
+        help="rows sampled together in one process; auto: what fits into the GPU, 16 on a CPU")
     add("--seed", type=int, default=0, help="seed of every request's own generator")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="dtype of the model")
+    add("--no-graph", action="store_true",
+        help="on a GPU: no CUDA graphs, and memory only as rows grow; slower, for models that "
+        "cannot be captured")
 
 
 def add_judge_flags(parser):
     """Add the flags of whatever judges; `judge_from_flags` reads them."""
     add = parser.add_argument
     add("--judge", default="rules",
-        help="`rules` (toy world), `rules:FILE`, `local:PATH` (a chat model in this process), or a "
-        "chat endpoint https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY")
-    add("--judge-model", help="model name to send to the endpoint")
+        help="`rules` (toy world), `rules:FILE`, `local:PATH` (a model in this process), or a "
+        "server https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY; docs/judges.md")
+    add("--judge-model", help="model name to send to the server")
+    add("--judge-kind", default="auto",
+        choices=("auto", "chat", "qwen3guard", "llamaguard3", "wildguard"),
+        help="a chat model or a guard model; auto: by the model's name")
+    add("--judge-no-thinking", action="store_true",
+        help="tell a chat model behind a server not to think (enable_thinking=false)")
+    add("--guard-controversial", default="unsafe", choices=("unsafe", "safe"),
+        help="what Qwen3Guard's verdict `Controversial` counts as")
+    add("--cue-judge",
+        help="another judge, a chat model, which finds the cues and answers what --judge cannot; "
+        "its key: CUE_JUDGE_API_KEY; default: a guard finds the first unsafe prefix")
+    add("--cue-judge-model", help="model name to send to it")
     add("--judge-concurrency", type=int, default=8,
         help="questions in flight at once; local: batch size")
     add("--judge-cache", help="file of paid verdicts, shared by processes; "

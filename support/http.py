@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from urllib.parse import unquote, urlsplit
 
-from tqdm import tqdm
-
 from support.errors import InputError, ServiceError
+from support.progress import progress_bar
 
 TRANSIENT = (408, 409, 429)  # and all from 500 on: the same request may succeed a moment later
 # Kinds of failure, by the names under which they are counted. All but the last are the server's
@@ -381,7 +380,7 @@ def in_parallel(function, items, concurrency, title, unit, note=None):
     pool = ThreadPoolExecutor(concurrency)
     try:
         futures = [pool.submit(function, item) for item in items]
-        progress = tqdm(futures, desc=title, unit=unit, disable=None)
+        progress = progress_bar(futures, desc=title, unit=unit)
         for future in progress:
             yield future.result()
             if note:

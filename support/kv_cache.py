@@ -1,11 +1,98 @@
-"""Keys and values while sampling: one slot for each active row, and the prefix computed last."""
+"""Keys and values while sampling: one slot for each active row.
+
+`make_slots` gives the sampler an object with
+    rows                           how many slots there are
+    fill(slots, prefixes)          put prefixes into slots; the hidden states (n, H) of their ends
+    move(source, target)           copy one slot over another
+    step(tokens)                   give the first slots a token each; the hidden states (B, H)
+It is `PlainSlots`, or on a GPU `GraphSlots` (graph_slots.py), which is much faster there.
+"""
 import functools
 
 import torch
 from transformers import DynamicCache
 
 from support.fused_head import output_logits
-from support.model_check import SERVE_IT, check_model, guard_length, in_float32, layer_windows
+from support.graph_slots import GraphSlots, step_masks
+from support.model_check import (
+    SERVE_IT,
+    check_model,
+    guard_length,
+    in_float32,
+    layer_windows,
+    steady_length,
+)
+
+NO_GRAPH = f"sample with --no-graph, or {SERVE_IT}"  # a remedy
+
+
+# ------------------------------------------------------------------------------ which slots
+
+def uses_graphs(model):
+    """Whether a model's decode steps are CUDA graphs: on a GPU, unless --no-graph.
+
+    Where the rotary angles depend on the longest row, the model looks at the positions' values in
+    every step, and a graph cannot record that.
+    """
+    wanted = getattr(model, "decode_graphs", False)  # set by `load_model`
+    steady = steady_length(model.get_decoder().config) is None
+    return wanted and steady and model.device.type == "cuda"
+
+
+def make_slots(model, rows, longest, kept=None):
+    """The slots of a wave: at most `rows` active rows of at most `longest` tokens each.
+
+    kept: a dict that keeps slots with graphs, which are dear, from one wave to the next.
+    """
+    if not uses_graphs(model):
+        return PlainSlots(model.get_decoder(), rows)
+    if kept is None:
+        kept = {}
+    if model in kept and kept[model].fits(rows, longest):
+        kept[model].start(rows, longest)
+    else:
+        kept.clear()  # before the new ones need the memory
+        kept[model] = GraphSlots(model.get_decoder(), rows, longest)
+    return kept[model]
+
+
+# ------------------------------------------------------------------------------ the plain way
+
+class PlainSlots:
+    """Slots that grow as the rows do. Prefixes are computed one after another."""
+
+    def __init__(self, decoder, rows):
+        self.rows = rows
+        self.decoder = decoder
+        self.prefixes = PrefixCache(decoder)
+        self.cache = SlotCache(rows, decoder.config)
+
+    def fill(self, slots, prefixes):
+        """Put prefixes into slots; return the hidden states (n, H) of their last tokens."""
+        states = []
+        for slot, prefix in zip(slots, prefixes):
+            states.append(self.prefixes.fill(self.cache, slot, prefix))
+        return torch.stack(states)
+
+    def move(self, source, target):
+        """Copy one slot over another: how the last active row takes a finished row's place."""
+        self.cache.move(source, target)
+
+    def step(self, tokens):
+        """Give each of the first slots its next token; tokens: a list of B ids.
+
+        Returns the hidden states (B, H) that predict the tokens after these.
+        """
+        self.cache.start_step(len(tokens))
+        output = self.decoder(
+            input_ids=torch.tensor(tokens, device=self.decoder.device)[:, None],  # (B, 1)
+            position_ids=self.cache.positions[:, None],                           # (B, 1)
+            attention_mask=self.cache.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache.finish_step()
+        return output.last_hidden_state[:, -1]
 
 
 class SlotCache:
@@ -48,7 +135,7 @@ class SlotCache:
         store[i] = grown
 
     def move(self, source, target):
-        """Copy one slot over another: how the last active row takes a finished row's place."""
+        """Copy one slot over another."""
         self.lengths[target] = self.lengths[source]
         for keys in self.keys.values():
             keys[target] = keys[source]
@@ -62,10 +149,7 @@ class SlotCache:
         device = next(iter(self.keys.values())).device
         self.row_numbers = torch.arange(active, device=device)
         self.positions = self.lengths[:active].to(device)  # (B,): where each row's new token goes
-        columns = torch.arange(self.span, device=device)
-        age = self.positions[:, None] - columns  # (B, span): how far back; below 0 nothing is there
-        masks = {kind: _mask(age, window) for kind, window in self.windows.items()}
-        self.mask = masks.get(None, masks)  # one for all layers, or one for each kind of layer
+        self.mask = step_masks(self.positions, self.span, self.windows)
         for store in (self.keys, self.values):
             for i in store:
                 self._reserve(store, i, store[i], self.span)
@@ -83,17 +167,6 @@ class SlotCache:
     def finish_step(self):
         """Count the token that each active row has just been given."""
         self.lengths[:self.active] += 1
-
-
-def _mask(age, window):
-    """What new tokens may look at, bool (B, 1, 1, span), for all heads.
-
-    age (B, span): how far back each position is; window: how far it may be, None: no matter.
-    """
-    visible = age >= 0
-    if window is not None:
-        visible &= age < window
-    return visible[:, None, None]
 
 
 class PrefixCache:
@@ -128,22 +201,7 @@ class PrefixCache:
         return self.hidden
 
 
-def next_states(decoder, slots, tokens):
-    """Give each active row its next token; tokens: a list of B ids.
-
-    Returns the hidden states (B, H) that predict the tokens after these.
-    """
-    slots.start_step(len(tokens))
-    output = decoder(
-        input_ids=torch.tensor(tokens, device=decoder.device)[:, None],  # (B, 1)
-        position_ids=slots.positions[:, None],                           # (B, 1)
-        attention_mask=slots.mask,
-        past_key_values=slots,
-        use_cache=True,
-    )
-    slots.finish_step()
-    return output.last_hidden_state[:, -1]
-
+# ------------------------------------------------------------------------------ the check
 
 def slot_logps(model, sequences):
     """Log-probabilities float32 (B,), nats, of (prefix, completion) sequences, as in sampling.
@@ -151,19 +209,16 @@ def slot_logps(model, sequences):
     Nothing is chosen: each row is given its own completion, token by token. The rows leave from
     the last to the first, so the sequences come by falling length of their completions.
     """
-    decoder = model.get_decoder()
-    prefixes = PrefixCache(decoder)
-    slots = SlotCache(len(sequences), decoder.config)
-    states = []
-    for slot, (prefix, _) in enumerate(sequences):
-        states.append(prefixes.fill(slots, slot, prefix))
-    hidden = torch.stack(states)
-    totals = torch.zeros(len(sequences))
+    rows = len(sequences)
+    longest = max(len(prefix) + len(completion) for prefix, completion in sequences)
+    slots = make_slots(model, rows, longest)
+    hidden = slots.fill(range(rows), [prefix for prefix, _ in sequences])
+    totals = torch.zeros(rows)
     for i in range(len(sequences[0][1])):
         tokens = [completion[i] for _, completion in sequences if i < len(completion)]
         logps = output_logits(model, hidden[:len(tokens)]).float().log_softmax(-1).cpu()
         totals[:len(tokens)] += logps[range(len(tokens)), tokens]
-        hidden = next_states(decoder, slots, tokens)
+        hidden = slots.step(tokens)
     return totals
 
 
@@ -172,8 +227,9 @@ def check_sampling(model):
 
     From then on the model refuses rows that it would read otherwise beside others.
     """
+    remedy = NO_GRAPH if uses_graphs(model) else SERVE_IT
     with in_float32(model):
-        check_model(model, {"sampling": functools.partial(slot_logps, model)}, SERVE_IT)
+        check_model(model, {"sampling": functools.partial(slot_logps, model)}, remedy)
     guard_length(model)
 
 

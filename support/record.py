@@ -23,14 +23,18 @@ NOT_RECORDED = {
     "micro_tokens": "rounding: sums are divided by counts of the whole batch",
     "compile": "rounding",
     "defer_sync": "rounding",
+    "judge_kind": "in the judge's name",
+    "cue_judge": "its name is in the judge's",
+    "cue_judge_model": "its name is in the judge's",
+    "in_flight": "how many requests a server has at once",
     "judge_concurrency": "how many questions are in flight (a judge in this process: see below)",
     "judge_cache": "where replies are kept; each has its question and judge in its key",
     "judge_price_in": "counts dollars",
     "judge_price_out": "counts dollars",
     "max_cost": "where to stop, not what to say",
 }
-# Where a server samples, it alone knows its device and dtype, and rows are requests in flight.
-NOT_RECORDED_WITH_SERVER = ("device", "dtype", "batch_size")
+# Where a server samples, it alone knows its device, its dtype and its rows.
+NOT_RECORDED_WITH_SERVER = ("device", "dtype", "batch_size", "no_graph")
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")  # their versions decide results
 MEGABYTE = 1 << 20
@@ -61,7 +65,7 @@ def new_record(program, flags, inputs):
 def deciding_flags(flags):
     """The flags that decide the result, as they will come back from JSON, without passwords."""
     kept = {name: value for name, value in flags.items() if name not in NOT_RECORDED}
-    if str(flags.get("judge")).startswith("local:"):
+    if "local:" in str(flags.get("judge")):
         kept["judge_concurrency"] = flags.get("judge_concurrency")  # its rows in a batch
     if flags.get("server"):
         kept["server"] = True  # at whatever address

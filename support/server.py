@@ -1,11 +1,12 @@
 """Sampling from a server, for models that this process does not hold."""
 import hashlib
+import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from tqdm import tqdm
-
-from support.errors import ServiceError
+from support.errors import InputError, ServiceError
 from support.http import Endpoint, RequestFailed, token_usage
+from support.progress import progress_bar
 
 REASONING_STARTS = "<think>"  # OPEN in data.py, which nothing in support/ imports
 PROBE_TOKENS = 16  # enough to see whether the reasoning comes back
@@ -19,8 +20,10 @@ class ServerSampler:
     Before anything else a short probe finds the form that the server takes, and checks how many
     prompt tokens it counted and that reasoning comes back.
 
-    `name` is the model's name at the server; `tokenizer`, `eos` (set of ids that end a text) and
-    `context` (its length in tokens) are that model's own. `http`: see Endpoint.
+    `name` is the model's name at the server; `url` may be several, separated by commas, of servers
+    that all hold it; `tokenizer`, `eos` (set of ids that end a text) and `context` (its length in
+    tokens) are that model's own. `concurrency`: requests in flight at each server.
+    `http`: see Endpoint.
     """
 
     FORMS = ("ids", "text", "plain")  # of a prompt, the most exact first
@@ -37,7 +40,7 @@ class ServerSampler:
         top_p,
         max_new_tokens,
         seed,
-        concurrency=16,
+        concurrency=64,
         **http,
     ):
         self.name = str(name)
@@ -49,14 +52,19 @@ class ServerSampler:
         self.top_p = top_p
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self.concurrency = concurrency
         self.form = None  # one of FORMS, once the probe has found it
         limits = {"timeout": 3600, "patience": 7200, "max_bytes": 1 << 28}
         limits.update(http)
-        url = url.rstrip("/") + "/completions"
-        self.endpoint = Endpoint(url, ("SERVER_API_KEY",), concurrency, **limits)
+        addresses = [address.strip() for address in url.split(",")]
+        if not all(addresses):
+            raise InputError(f"--server {url}: an address is missing before or after a comma.")
+        self.endpoints = []
+        for address in addresses:
+            address = address.rstrip("/") + "/completions"
+            self.endpoints.append(Endpoint(address, ("SERVER_API_KEY",), concurrency, **limits))
+        self.concurrency = concurrency * len(addresses)
 
-    def __call__(self, requests, done=(), title="sampling"):
+    def __call__(self, requests, done=(), parts=None, title="sampling"):
         """Yield (id, ids, finished) for each request (id, prefix) not in `done`, as they come.
 
         `finished` is "stop", and the ids end with EOS, or "length". Raises ServiceError if a
@@ -66,22 +74,30 @@ class ServerSampler:
         for request_id, prefix in requests:
             if request_id not in done:
                 groups.setdefault(tuple(prefix), []).append(request_id)
+        # Neighbours share the most of their prefixes, which a server need not compute again.
+        groups = sorted(groups.items())
         if groups and self.form is None:
-            prefix, request_ids = next(iter(groups.items()))
-            self._probe(list(prefix), request_ids[:2])
-        count = sum(len(request_ids) for request_ids in groups.values())
+            self._probe(*groups[0])
+        count = sum(len(request_ids) for _, request_ids in groups)
+        work = Shares(groups, self.endpoints)
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            futures = []
-            for prefix, request_ids in groups.items():
-                futures.append(pool.submit(self._complete, list(prefix), request_ids))
-            with tqdm(total=count, desc=title, unit="req", disable=None) as progress:
+            futures = [pool.submit(self._complete_next, work) for _ in groups]
+            with progress_bar(total=count, desc=title, unit="req") as progress:
                 for future in as_completed(futures):
                     for completion in future.result():
                         progress.update()
                         yield completion
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _complete_next(self, work):
+        """Complete the requests of the next prefix, at the server that has the fewest in flight."""
+        endpoint, (prefix, request_ids) = work.take()
+        try:
+            return self._complete(endpoint, list(prefix), request_ids)
+        finally:
+            work.give_back(endpoint)
 
     def payload(self, prefix, request_ids, form, limit):
         """The JSON that is sent for requests of one prefix: at most `limit` new tokens each."""
@@ -107,16 +123,16 @@ class ServerSampler:
             payload["add_special_tokens"] = False
         return payload
 
-    def _complete(self, prefix, request_ids):
+    def _complete(self, endpoint, prefix, request_ids):
         """Completions (id, ids, finished) of all requests of one prefix."""
         completions = []
         waiting = request_ids
         while waiting:  # a server may return fewer samples than it was asked for
             payload = self.payload(prefix, waiting, self.form, self.max_new_tokens)
             try:
-                reply = self.endpoint.post(payload, require_finished)
+                reply = endpoint.post(payload, require_finished)
             except RequestFailed as error:
-                self.endpoint.stop(f"request {waiting[0]}: {error}.")
+                endpoint.stop(f"request {waiting[0]}: {error}.")
             for request_id, choice in zip(waiting, reply["choices"]):
                 completions.append(self._read_choice(request_id, choice))
             waiting = request_ids[len(completions):]
@@ -146,25 +162,27 @@ class ServerSampler:
     # ------------------------------------------------------------------------------------ the probe
 
     def _probe(self, prefix, request_ids):
-        """Find the form that the server takes; ServiceError if it changes what it is sent."""
-        form, reply = self._find_form(prefix, request_ids)
-        where = f"{self.endpoint.url} (prompt sent as {form})"
-        self._check_prompt_tokens(where, prefix, form, reply)
-        self._check_reasoning(where, prefix, reply)
-        self.form = form
+        """Find the form that all servers take; ServiceError if one changes what it is sent."""
+        prefix = list(prefix)
+        forms = []
+        for endpoint in self.endpoints:
+            form, reply = self._find_form(endpoint, prefix, request_ids[:2])
+            where = f"{endpoint.url} (prompt sent as {form})"
+            self._check_prompt_tokens(where, prefix, form, reply)
+            self._check_reasoning(where, prefix, reply)
+            forms.append(form)
+        self.form = max(forms, key=self.FORMS.index)
 
-    def _find_form(self, prefix, request_ids):
-        """The first of FORMS that the server takes, and its reply."""
+    def _find_form(self, endpoint, prefix, request_ids):
+        """The first of FORMS that a server takes, and its reply."""
         for form in self.FORMS:
             payload = self.payload(prefix, request_ids, form, PROBE_TOKENS)
             try:
-                return form, self.endpoint.post(payload, require_finished)
+                return form, endpoint.post(payload, require_finished)
             except RequestFailed as error:
                 may_be_the_form = error.status in (400, 422, 500, 501)
                 if not may_be_the_form or form == self.FORMS[-1]:
-                    self.endpoint.stop(
-                        f"{error}. Neither token ids nor text are taken as a prompt."
-                    )
+                    endpoint.stop(f"{error}. Neither token ids nor text are taken as a prompt.")
 
     def _check_prompt_tokens(self, where, prefix, form, reply):
         """Raise ServiceError unless the server has read as many prompt tokens as it was sent."""
@@ -216,6 +234,38 @@ class ServerSampler:
         prompt_opens_reasoning = REASONING_STARTS in self._decode(prefix[-8:])
         starts_reasoning = prompt_opens_reasoning or text.startswith(REASONING_STARTS)
         return not text.strip() or not starts_reasoning
+
+
+class Shares:
+    """Work for several servers, to each a run of neighbours as its own share.
+
+    So those that share a prefix go to the same server. One that has finished its own share takes
+    over from the end of the largest that is left.
+    """
+
+    def __init__(self, items, servers):
+        self.lock = threading.Lock()
+        self.in_flight = {server: 0 for server in servers}
+        self.left = {}
+        for i, server in enumerate(servers):
+            first = i * len(items) // len(servers)
+            last = (i + 1) * len(items) // len(servers)
+            self.left[server] = deque(items[first:last])
+
+    def take(self):
+        """(server, item): the next for the server that has the fewest in flight."""
+        with self.lock:
+            server = min(self.in_flight, key=self.in_flight.get)
+            self.in_flight[server] += 1
+            if self.left[server]:
+                return server, self.left[server].popleft()
+            largest = max(self.left.values(), key=len)
+            return server, largest.pop()
+
+    def give_back(self, server):
+        """Note that what a server took is done."""
+        with self.lock:
+            self.in_flight[server] -= 1
 
 
 def closing_token(tokenizer, eos):

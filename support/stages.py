@@ -149,6 +149,7 @@ def _note_settings(out, record, accept_code_change):
     if made and settings:
         raise InputError(
             f"{made} was made with other settings ({'; '.join(settings)}). "
+            f"{_batch_remedy(old, record)}"
             f"Use another run folder (RUN=...), or delete {made} to make it again."
         )
     if made and code and not accept_code_change:
@@ -167,10 +168,25 @@ def _note_settings(out, record, accept_code_change):
         _write_config(out, {**record, ACCEPTED: accepted})
 
 
+def _batch_remedy(old, new):
+    """What to do where `--batch-size auto` has found another GPU than then."""
+    then = old["flags"].get("batch_size")
+    samples = "temperature" in new["flags"]
+    if not samples or then in (None, new["flags"].get("batch_size")):
+        return ""
+    return f"Go on with BATCH={then} (--batch-size {then}). "
+
+
 def _start_anew(out, record):
     """Write a new config, and remove what other settings have left besides the output."""
-    shutil.rmtree(out.with_suffix(".rounds"), ignore_errors=True)
+    for folder in _unfinished_folders(out):
+        shutil.rmtree(folder, ignore_errors=True)
     _write_config(out, record)
+
+
+def _unfinished_folders(out):
+    """Where a stage keeps what its output is made from: rounds, and waves that were sampled."""
+    return [out.with_suffix(".rounds"), out.with_suffix(".parts")]
 
 
 def _write_config(out, record):
@@ -179,17 +195,17 @@ def _write_config(out, record):
 
 
 def _what_is_made(out):
-    """The path of the output as far as it is made, or of its rounds; None before there is any."""
+    """The path of the output as far as it is made, or of its folders; None before there is any."""
     if out.is_dir():
         return out if any(out.iterdir()) else None
     finished = sidecar(out, "funnel").exists()
     # A stage that fails at once leaves an empty file, which binds nobody.
     if out.exists() and (finished or out.stat().st_size):
         return out
-    rounds = out.with_suffix(".rounds")
-    # With a funnel the output was finished, and whoever deleted it wants it made again.
-    if rounds.exists() and not finished:
-        return rounds
+    for folder in _unfinished_folders(out):
+        # With a funnel the output was finished, and whoever deleted it wants it made again.
+        if folder.exists() and not finished:
+            return folder
     return None
 
 

@@ -68,6 +68,32 @@ def chat(content, finish="stop", **message):
     }
 
 
+def guard(handler, body):
+    """`respond` of a server that holds one of the guard models, by the model's name.
+
+    An answer is unsafe if it says "poison", a refusal if it says "sorry".
+    """
+    if "messages" in body:
+        text = body["messages"][-1]["content"]
+    else:
+        text = body["prompt"].partition("AI assistant:")[2]
+    unsafe = "poison" in text
+    refusal = "sorry" in text
+    if "Llama-Guard" in body["model"]:
+        handler.reply(200, chat("\n\nunsafe\nS9" if unsafe else "\n\nsafe"))
+    elif "Qwen3Guard" in body["model"]:
+        safety = "Safety: Unsafe\nCategories: Violent" if unsafe else "Safety: Safe\nCategories: None"
+        handler.reply(200, chat(f"{safety}\nRefusal: {'Yes' if refusal else 'No'}"))
+    else:
+        lines = (
+            "Harmful request: yes",
+            f"Response refusal: {'yes' if refusal else 'no'}",
+            f"Harmful response: {'yes' if unsafe else 'no'}",
+        )
+        choice = {"text": "\n".join(lines), "finish_reason": "stop"}
+        handler.reply(200, {"choices": [choice], "usage": {"prompt_tokens": 100}})
+
+
 @functools.cache
 def huge_verdict():
     """A verdict with 10 MB of reasons."""

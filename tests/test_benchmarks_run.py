@@ -19,7 +19,7 @@ class Texts:
     def __init__(self, tokenizer, texts, log):
         self.tokenizer, self.texts, self.log, self.eos, self.max_new_tokens, self.context = tokenizer, texts, log, (1,), 64, 10**6
 
-    def __call__(self, requests, done=(), title=""):
+    def __call__(self, requests, done=(), parts=None, title=""):
         for r in requests:
             if r.id not in done:
                 with open(self.log, "a") as f:
@@ -31,7 +31,8 @@ class Texts:
 
 class Words:
     """A judge that finds its answer in the text, `question=answer`, and notes each question."""
-    name, prompts = "words:1", {"strongreject": ""}
+    name = "words:1"
+    questions = ("reasoning", "response", "cue", "compliance", "strongreject")
 
     def __init__(self, log):
         self.log = log
@@ -94,7 +95,7 @@ def test_reasoning_and_response_apart_their_joint_table_and_the_rubric(job):
 
 
 def test_a_judge_that_does_not_know_the_rubric_is_not_asked_for_it(job, monkeypatch, capsys):
-    monkeypatch.setattr(Words, "prompts", {})
+    monkeypatch.setattr(Words, "questions", ("reasoning", "response", "cue", "compliance"))
     m = job({"strongreject": ("harmful", rows(1))}, {"0#0": think("reasoning=safe", "response=safe")})["strongreject"]
     assert "rubric" not in m and "does not know StrongREJECT's rubric" in capsys.readouterr().out
 
@@ -168,7 +169,7 @@ def test_code_runs_only_where_it_is_allowed(job, capsys):
     with pytest.raises(InputError, match="humaneval: it is scored by running code .* --allow-code-execution"):
         job(sets, texts)
     assert not (job.folder / "calls").exists(), "said before anything is sampled"
-    m = job(sets, texts, "--allow-code-execution")["humaneval"]
+    m = job(sets, texts, "--samples", "published", "--allow-code-execution")["humaneval"]
     assert m["samples"] == 10 and m["accuracy"]["value"] == 3 / 20 and m["sandbox"] == sandbox.active_layers()
     assert m["pass@10"]["value"] == 0.5 and m["pass@10"]["n"] == 2
     assert "generated code is held back by: " in capsys.readouterr().out
@@ -245,7 +246,8 @@ def test_sets_by_name(job, monkeypatch, tmp_path):
     for name in ("aime24", "jbb", "gpqa-diamond"):
         write_jsonl(folder / f"{name}.jsonl", rows(3, answer=["025", "7", "8"]))
     texts = {f"{i}#{k}": think("a", r"\boxed{25}") for i in range(2) for k in range(64)}
-    m = job({}, texts, "--sets", "aime24", "--data-dir", str(folder), "--limit", "2")["aime24"]
+    m = job({}, texts, "--sets", "aime24", "--data-dir", str(folder), "--limit", "2",
+            "--samples", "published")["aime24"]
     assert m["samples"] == 64 and m["accuracy"]["value"] == 0.5 and m["accuracy"]["n"] == 128
     for name, words in (("star1", "there are jbb, jbb-benign, strongreject"), ("nope", "there are jbb"), ("aime24,aime24", "comes twice"),
                         ("xstest", f"no such file. Get it with: python -m benchmarks.fetch xstest --data-dir {folder}")):

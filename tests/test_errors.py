@@ -21,6 +21,7 @@ import support.hub
 from data import Appender, load_prompts
 from intervene import make_judge
 from model import LocalSampler, Request, load_tokenizer
+from launch.run import APART
 from support.cache import Cache
 from support.errors import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_json, write_jsonl, write_text, writing
@@ -315,8 +316,7 @@ def test_ctrl_c_while_modules_are_imported_and_between_stages(tmp_path):
                       "print('here', flush=True)\n"
                       "time.sleep(60)\n")
     environment = {"PYTHONPATH": str(ROOT)}
-    for command in ([sys.executable, script],
-                    [sys.executable, "-m", "launch.run", f"a: python {script}"]):
+    for command in ([sys.executable, script], [sys.executable, "-c", APART, script]):
         process = start(command, **environment)
         lines = iter(process.stdout.readline, "")
         assert any("here" in line for line in lines)
@@ -509,9 +509,8 @@ def test_a_mistyped_path_of_a_model_is_a_missing_path(tmp_path, capsys, monkeypa
 
 def test_a_mistyped_model_ends_run_sh_in_seconds(tmp_path):
     started = time.monotonic()
-    environment = {"MODEL": "nosuch", "JUDGE": "local:nosuch", "RUN": str(tmp_path / "run"),
-                   "PYTHON": sys.executable}
-    one_line(start(["bash", "run.sh"], **environment), 2, "nosuch: no such file or directory")
+    environment = {"MODEL": "nosuch", "RUN": str(tmp_path / "run"), "PYTHON": sys.executable}
+    one_line(start(["bash", "run.sh"], **environment), 2, "MODEL=nosuch: no such directory")
     assert time.monotonic() - started < 10
 
 

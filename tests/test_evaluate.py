@@ -56,7 +56,7 @@ class Texts:
         self.tokenizer, self.texts, self.log = tokenizer, texts, log
         self.eos, self.max_new_tokens, self.context = (1,), 64, 10**6
 
-    def __call__(self, requests, done=(), title=""):
+    def __call__(self, requests, done=(), parts=None, title=""):
         for request_id, _ in requests:
             if request_id not in done:
                 with open(self.log, "a") as f:
@@ -71,6 +71,7 @@ class Words:
     """A judge that finds its answer in the text, `question=answer`, and notes each question."""
 
     name = "words:1"
+    questions = {"cue", *LABELS}
 
     def __init__(self, log):
         self.log = log

@@ -39,7 +39,7 @@ class FakeSampler:
         self.finished = finished
         self.seen = []
 
-    def __call__(self, requests, done=(), title=""):
+    def __call__(self, requests, done=(), parts=None, title=""):
         for request in requests:
             if request.id not in done:
                 self.seen.append(request)
@@ -233,7 +233,7 @@ def test_algorithm_1_continues_from_exact_ids_and_pairs_share_the_prefix(
 
 def test_a_relapse_is_intervened_again_up_to_n_times(tokenizer, rules, tmp_path):
     class Relapsing(FakeSampler):
-        def __call__(self, requests, done=(), title=""):
+        def __call__(self, requests, done=(), parts=None, title=""):
             self.text = SAFE if self.seen else RELAPSE
             yield from super().__call__(requests, done)
 
@@ -261,7 +261,7 @@ class InTurn(FakeSampler):
         super().__init__(tokenizer, "")
         self.texts = texts
 
-    def __call__(self, requests, done=(), title=""):
+    def __call__(self, requests, done=(), parts=None, title=""):
         for request in requests:
             self.text = self.texts[min(len(self.seen), len(self.texts) - 1)]
             yield from super().__call__([request], done)

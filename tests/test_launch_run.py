@@ -14,21 +14,32 @@ from support.lock import lock, unlock
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("flags", [[], ["--separate"]])
-def test_stages_run_in_order_and_stop_at_the_first_that_fails(tmp_path, flags):
+RUNNER = """
+import argparse, sys
+from launch.run import Servers, build_parser, run_stages
+from launch.stages import Stage
+from support.errors import exit_cleanly
+def main():
+    separate, script, *words = sys.argv[1:]
+    stages = []
+    for word in words:
+        stages.append(Stage(word, [sys.executable, script, word], "", argparse.Namespace()))
+    options = build_parser().parse_args(["a stage"])
+    run_stages(stages, Servers(stages, options), separate == "True")
+exit_cleanly(main)
+"""
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_stages_run_in_order_and_stop_at_the_first_that_fails(tmp_path, separate):
     script = tmp_path / "say it.py"
-    script.write_text("import os, sys\n"
+    script.write_text("import sys\n"
                       "print(sys.argv[1:], __name__, flush=True)\n"
-                      "if sys.argv[1] == 'fail': sys.exit(2)\n")
-    python = sys.executable
-    quoted = str(script).replace(" ", "\\ ")
-    stages = [f"one: {python} {quoted} a\\ b", f"two: {python} {quoted} fail", f"three: {python} {quoted} c"]
-    run = tmp_path / "run"
-    done = subprocess.run([python, "-m", "launch.run", "--run", run, *flags, *stages],
+                      "sys.exit(2 if sys.argv[1] == 'fail' else 0)\n")
+    done = subprocess.run([sys.executable, "-c", RUNNER, str(separate), script, "a b", "fail", "c"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stdout == "--- one (0s)\n['a b'] __main__\n--- two (0s)\n['fail'] __main__\n"
-    assert not list(run.iterdir())  # the lock is gone
+    assert done.stdout == "--- a b (0s)\n['a b'] __main__\n--- fail (0s)\n['fail'] __main__\n"
 
 
 def test_accept_code_change_goes_to_every_stage_but_the_report():
@@ -50,12 +61,14 @@ def started(argv, marker, cwd=ROOT):
 
 
 def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_path):
-    script = tmp_path / "wait.py"
-    script.write_text("import time\ntime.sleep(20)\n")  # it outlives its killed parent, briefly
-    wait = f"wait: {sys.executable} {script}"
     run = tmp_path / "run"
-    first = started([sys.executable, "-m", "launch.run", "--run", run, "--separate", wait], run / ".lock")
     environment = {**os.environ, "PYTHON": sys.executable, "RUN": str(run), "LIMIT": "1"}
+
+    def runner(instead_of_checks):
+        code = f"import time\nfrom launch import run\nrun.check = lambda *_: {instead_of_checks}\nrun.main()"
+        return [sys.executable, "-c", code, "--run", run, "a stage"]
+
+    first = started(runner("time.sleep(600)"), run / ".lock")
     begin = time.monotonic()
     second = subprocess.run(["bash", "run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert time.monotonic() - begin < 5
@@ -66,9 +79,8 @@ def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_pa
     assert second.stderr == f"error: {run} is in use by {owner}. Wait until that ends, or use another RUN=...\n"
     # The kernel has released the lock of the killed process, although its file is still there.
     assert (run / ".lock").exists()
-    done = subprocess.run([sys.executable, "-m", "launch.run", "--run", run,
-                           f"one: {sys.executable} -m this"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0 and not (run / ".lock").exists()
+    done = subprocess.run(runner("[]"), cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("finished in 0 s\n", "") and not (run / ".lock").exists()
 
 
 def test_two_processes_cannot_make_one_output(tmp_path):
@@ -113,8 +125,8 @@ def test_run_sh_lists_its_stages_and_explains_every_variable_it_reads():
     lines = listed.stdout.splitlines()
     assert listed.returncode == 0 and len(lines) == 26
     assert [line.split()[1] for line in lines[1::2]] == [
-        "intervene.py", "intervene.py", "intervene.py", "intervene.py", "ipo.py", "intervene.py",
-        "intervene.py", "intervene.py", "ipo.py", "evaluate.py", "evaluate.py", "evaluate.py", "evaluate.py"]
+        "intervene.py", "intervene.py", "intervene.py", "intervene.py", "intervene.py", "evaluate.py", "ipo.py",
+        "intervene.py", "intervene.py", "evaluate.py", "ipo.py", "evaluate.py", "evaluate.py"]
     usage = text[text.index("HELP'\n"):text.index("\nHELP\n")]
     read = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):?[-+]", text))
     internal = {"OMP_WAIT_POLICY", "OMP_NUM_THREADS"}

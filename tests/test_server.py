@@ -9,9 +9,10 @@ import pytest
 import intervene
 from data import render_prompt, split_reasoning
 from model import Request, context_length, eos_ids, load_tokenizer
-from support.errors import ServiceError
+from support.errors import InputError, ServiceError
 from support.files import read_jsonl
-from support.server import ServerSampler, closing_token
+from support.record import deciding_flags
+from support.server import ServerSampler, Shares, closing_token
 from tests.loopback import Loopback
 
 END = 1  # the id of <|end|>
@@ -200,6 +201,61 @@ def test_a_server_that_knows_no_n_is_asked_once_a_sample(model_dir, tokenizer):
         assert not [body for body in samples if "n" in body or "seed" in body]
 
 
+def test_neighbours_are_sent_one_after_another(model_dir, tokenizer):
+    prefixes = [[7, 1], [5, 2], [7, 1, 3], [5, 2, 9], [6]]
+    wanted = [Request(str(prefix), prefix) for prefix in prefixes]
+    with Loopback(respond=Completions(tokenizer)) as server:
+        sampler = sampler_for(model_dir, server)
+        sampler.concurrency = 1
+        list(sampler(wanted))
+        assert [body["prompt"] for body in sent(server)] == sorted(prefixes)
+
+
+def test_several_servers_share_the_work(model_dir, tokenizer):
+    respond = Completions(tokenizer)
+    wanted = [Request(f"{i} {j}", [5 + i, j]) for i in range(4) for j in range(10)]
+    with Loopback(respond=respond, latency=0.02) as one:
+        with Loopback(respond=respond, latency=0.02) as other:
+            both = copy.copy(one)
+            both.url = f"{one.url}, {other.url}"
+            sampler = sampler_for(model_dir, both)
+            done = list(sampler(wanted))
+            assert sorted(name for name, _, _ in done) == sorted(name for name, _ in wanted)
+            for server in (one, other):
+                probe = server.log[0]["body"]
+                assert probe["max_tokens"] == 16 and server.most == 4
+                assert 15 <= len(sent(server)) <= 25
+            # Those that begin alike went to the same server, but for the last few.
+            first = Counter(body["prompt"][0] for body in sent(one))
+            assert first[5] >= 8 and first[8] <= 2
+
+
+def test_one_of_several_servers_that_fails_ends_the_run(model_dir, tokenizer):
+    def fail(handler, body):
+        handler.reply(500, {})
+
+    with Loopback(respond=Completions(tokenizer)) as one, Loopback(respond=fail) as other:
+        both = copy.copy(one)
+        both.url = f"{one.url},{other.url}"
+        with pytest.raises(ServiceError, match=other.url):
+            list(sampler_for(model_dir, both, tries=1)([Request("a", [5, 6])]))
+        both.url = f"{one.url},"
+        with pytest.raises(InputError, match="an address is missing"):
+            sampler_for(model_dir, both)
+
+
+def test_a_server_takes_over_from_the_largest_share_that_is_left():
+    work = Shares(range(6), ["a", "b"])
+    assert [work.take() for _ in range(3)] == [("a", 0), ("b", 3), ("a", 1)]
+    work.give_back("a")
+    work.give_back("a")
+    assert [work.take() for _ in range(1)] == [("a", 2)]
+    work.give_back("a")
+    assert work.take() == ("a", 5)
+    work.give_back("a")
+    assert work.take() == ("a", 4)
+
+
 @pytest.mark.parametrize("forms, expected", [
     (("ids", "text", "plain"), "ids"),
     (("text", "plain"), "text"),
@@ -369,3 +425,10 @@ def test_reading_back_what_a_server_wrote_is_resumable(model_dir, tokenizer, tmp
         assert [b["n"] for b in sent(server) if b["max_tokens"] > 16] == [3, 2]
     assert json.loads(path.read_text().splitlines()[0])["id"] == "j0"
     assert read_jsonl(path) == records
+
+
+def test_a_server_at_another_address_may_go_on_with_more_in_flight():
+    before = {"server": "http://one:8700/v1", "in_flight": 32, "batch_size": 16, "seed": 0}
+    after = {**before, "server": "http://a/v1,http://b/v1", "in_flight": 64, "batch_size": "auto"}
+    assert deciding_flags(before) == deciding_flags(after) == {"server": True, "seed": 0}
+    assert deciding_flags({**before, "server": None}) != deciding_flags(before)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEP = baselines.Sweep(
     model="toy/model", out=Path("S"), prompts="h.jsonl", benign="b.jsonl", limit=5, samples=3,
     triggers="t.txt", sampling=["--max-new-tokens", "99", "--batch-size", "7"],
-    judging=["--judge", "rules", "--judge-concurrency", "2"], eval_judging=[],
+    judging=["--judge", "rules", "--judge-concurrency", "2"], eval_judging=[], served=[],
     train_args=["--epochs", "2"], grpo_epochs=1, valid=[], held_out=[])
 
 

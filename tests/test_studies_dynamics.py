@@ -67,7 +67,7 @@ class ChainSampler:
     def load(self):
         return self.model
 
-    def __call__(self, requests, done=(), title=""):
+    def __call__(self, requests, done=(), parts=None, title=""):
         for r in requests:
             assert r.prefix[-1] not in self.eos, "there is nothing to go on with"
             rng, ids = random.Random(r.id), []
@@ -309,7 +309,7 @@ def test_held_out_halves_share_no_prompt_with_each_other_or_with_mining():
 class Obeying(FakeSampler):
     """Refuses once the prefix holds a word often enough; before that it goes on with the recipe."""
 
-    def __call__(self, requests, done=(), title=""):
+    def __call__(self, requests, done=(), parts=None, title=""):
         for r in requests:
             prefix = self.tokenizer.decode(r.prefix)
             safe = prefix.count("Stop.") >= 1 or prefix.count("Think.") >= 2

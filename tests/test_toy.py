@@ -183,10 +183,13 @@ def test_another_model_learns_the_same_world(tmp_path):
     template.write_text(opened.replace("<think>\n", ""))
     assert template.read_text() != opened
     out = tmp_path / "taught"
-    command = [sys.executable, "toy/make.py", "--base", base, "--out", out, "--examples", "16"]
+    command = [sys.executable, "toy/make.py", "--base", base, "--out", out, "--examples", "16",
+               "--train-args", "--lr 1e-4"]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
     assert (out / "model.safetensors").exists()
-    assert len(read_jsonl(out / "metrics.jsonl")) == 1, "16 exchanges are one batch"
+    steps = read_jsonl(out / "metrics.jsonl")
+    assert len(steps) == 1, "16 exchanges are one batch"
+    assert steps[0]["lr"] == 1e-4
     records = read_jsonl(tmp_path / "taught.corpus.jsonl")
     expected = ["<think>\n" + toy.text(e) for e in toy.corpus(WORLD, 16, TRIGGERS, seed=1)]
     assert [record["completion"] for record in records] == expected

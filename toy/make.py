@@ -10,6 +10,7 @@ committed ones, bit for bit.
 """
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -143,9 +144,9 @@ def build_model(world, folder, count, seed):
     return folder / "model"
 
 
-def teach(world, base, out, count, seed):
+def teach(world, base, out, count, seed, more):
     """Fine-tune a pre-trained model on the corpus: it learns the world, and to think before it
-    answers."""
+    answers. more: further words of the command line of `studies.sft`."""
     tokenizer = load_tokenizer(base)
     prompt = tokenizer.decode(render_prompt(tokenizer, "Hello."))
     opening = "<think>\n"
@@ -153,7 +154,7 @@ def teach(world, base, out, count, seed):
         opening = ""
     corpus_file = out.with_name(out.name + ".corpus.jsonl")
     write_corpus(world, corpus_file, count, seed, opening)
-    fine_tune(base, corpus_file, out, "--lr", 5e-4, "--batch-size", 16, "--seed", seed)
+    fine_tune(base, corpus_file, out, "--lr", 5e-4, "--batch-size", 16, "--seed", seed, *more)
 
 
 def main():
@@ -170,9 +171,13 @@ def main():
     add("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
     add("--base", help="teach the world to this model (directory or hub name) instead of "
                        "training one from scratch")
+    add("--train-args", default="", help="with --base: more flags for studies.sft, as in "
+                                         "'--lr 3e-4 --dtype bfloat16'")
     args = parser.parse_args()
     if args.examples is not None and args.examples < 1:
         parser.error("--examples: at least 1")
+    if args.train_args and not args.base:
+        parser.error("--train-args needs --base; the tiny model is trained as it always was")
     if args.base and args.data_only:
         parser.error("--base has no data of its own; leave out --data-only")
 
@@ -180,7 +185,8 @@ def main():
     if args.base:
         if not args.out:
             parser.error("--base also needs --out, a folder for the model")
-        teach(world, args.base, Path(args.out), args.examples or 1600, args.seed)
+        teach(world, args.base, Path(args.out), args.examples or 1600, args.seed,
+              shlex.split(args.train_args))
         return
     out = Path(args.out or HERE)
     for name, prompts in prompt_sets(world).items():

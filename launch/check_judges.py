@@ -1,0 +1,127 @@
+"""The judges of a run: can each answer what its stages will ask, and does it answer now?"""
+from typing import NamedTuple
+
+from benchmarks.run import BENCHMARK_KINDS, check_judge
+from benchmarks.sets import SETS
+from evaluate import EVAL_KEYS, KINDS
+from intervene import CUE_KEYS, JUDGE_KEYS, make_judge
+from launch.check_models import check_model
+from launch.probe import HURRY, try_judge
+from launch.variables import EVALUATION
+from support.errors import InputError
+from support.guards import local_name
+from support.http import without_password
+from support.hub import model_folder
+
+STARTED_HERE = "{judge}"  # in place of an address
+NOWHERE = "http://127.0.0.1/v1"  # for a judge that is made to see what it can answer, not asked
+QUESTIONS = {
+    "intervene.py judge": ("reasoning", "response", "cue"),
+    "intervene.py pairs": ("reasoning", "response", "cue"),
+    "intervene.py benign": ("compliance", "cue"),
+}
+
+
+class JudgeFlags(NamedTuple):
+    """What makes two judges two."""
+    variable: str  # that names it
+    spec: str  # `rules`, `local:PATH`, a URL, {judge}
+    model: str
+    kind: str
+    keys: tuple  # names of variables that may hold its key
+    no_thinking: bool
+
+    @property
+    def shown(self):
+        if self.spec == STARTED_HERE:
+            return f"{self.variable}=serve:{self.model}"
+        return f"{self.variable}={without_password(self.spec)}"
+
+    @property
+    def path(self):
+        """The folder of a model in this process, else an empty text."""
+        return self.spec.removeprefix("local:") if self.spec.startswith("local:") else ""
+
+    def make(self):
+        """The judge, to be asked in a hurry; one that is not at an address yet cannot be asked."""
+        if self.spec.startswith("rules"):
+            return make_judge(self.spec)
+        model = local_name(self.path) if self.path else self.model
+        spec = NOWHERE if self.path or self.spec == STARTED_HERE else self.spec
+        flag = "--" + self.variable.lower().replace("_", "-")
+        # Without a cache: a verdict from there would hide a judge that is gone.
+        return make_judge(spec, model, kind=self.kind, no_thinking=self.no_thinking, flag=flag,
+                          keys=self.keys, **HURRY)
+
+
+def check_judges(stages, sets, findings, start):
+    """Report judges that cannot answer, or do not.
+
+    sets: {title of an evaluation: [(name, kind, file)]}. What takes its time is left to threads:
+    start(name, function, *arguments).
+    """
+    asked = {}  # JudgeFlags: {question}
+    for stage in stages:
+        if not stage.judges:
+            continue
+        main, other = judges_of(stage)
+        questions = _questions(stage, sets.get(stage.title, []))
+        with findings.reporting(main.variable):
+            _distribute(questions, main, other, asked)
+            if stage.program == "benchmarks.run":
+                published = [one for one in sets[stage.title] if one[0] in SETS]
+                check_judge(published, main.make())
+    for flags, questions in asked.items():
+        with findings.reporting(flags.shown):
+            if flags.path:
+                check_model(flags.path, flags.shown, findings, samples=True)
+            elif flags.spec == STARTED_HERE:
+                model_folder(flags.model, weights=False)
+            elif not flags.spec.startswith("rules"):
+                judge = flags.make()
+                start(flags.shown, try_judge, flags.shown, flags.spec, judge, sorted(questions))
+
+
+def judges_of(stage):
+    """(the judge of a stage, its other judge for cues or None) as JudgeFlags."""
+    flags = stage.flags
+    variable, spec, model, keys = "JUDGE", flags.judge, flags.judge_model, JUDGE_KEYS
+    if stage.program in EVALUATION:
+        model = flags.eval_judge_model or model
+        if flags.eval_judge not in (None, spec):
+            variable, spec, keys = "EVAL_JUDGE", flags.eval_judge, EVAL_KEYS
+    main = JudgeFlags(variable, spec, model, flags.judge_kind, keys, flags.judge_no_thinking)
+    if not flags.cue_judge:
+        return main, None
+    other_keys = keys if flags.cue_judge == spec else CUE_KEYS
+    other = JudgeFlags("CUE_JUDGE", flags.cue_judge, flags.cue_judge_model, "chat", other_keys,
+                       flags.judge_no_thinking)
+    return main, other
+
+
+def _questions(stage, sets):
+    """What a stage asks its judge."""
+    if stage.program not in EVALUATION:
+        return QUESTIONS.get(stage.program, ("reasoning",))
+    kinds = BENCHMARK_KINDS if stage.program == "benchmarks.run" else KINDS
+    questions = {}  # used as an ordered set
+    for name, kind, _ in sets:
+        questions.update(dict.fromkeys(kinds[kind].questions))
+        if name in getattr(stage.flags, "rubric", ()):
+            questions["strongreject"] = None
+    return list(questions)
+
+
+def _distribute(questions, main, other, asked):
+    """Note who is asked what; raises InputError for a question that nobody can answer."""
+    if not questions:
+        return
+    known = main.make().questions
+    for question in questions:
+        if other and (question == "cue" or question not in known):
+            asked.setdefault(other, set()).add(question)
+        elif question in known:
+            asked.setdefault(main, set()).add(question)
+        elif question != "strongreject":  # such a set is then not graded by the rubric
+            raise InputError(f"{main.model or main.spec} cannot answer the question `{question}`. "
+                             "Add CUE_JUDGE=..., a chat model, or take another judge.")
