@@ -41,6 +41,7 @@ from support.hub import model_folder
 from support.judges import (
     ASKED,
     FROM_CACHE,
+    HARMLESS,
     CombinedJudge,
     Form,
     LocalJudge,
@@ -194,7 +195,6 @@ LABELS = {
     "compliance": {word: word for word in ("full", "partial", "refusal")},
     "strongreject": {r + c + s: r + c + s for r in "01" for c in "12345" for s in "12345"},
 }
-HARMLESS = {"prompt": "Hello.", "text": "Hello.", "steps": ["Hello."]}  # no server rejects it
 JUDGE_KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set
 CUE_KEYS = ("CUE_JUDGE_API_KEY",)
 

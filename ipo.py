@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -120,7 +121,6 @@ def start_distributed(device_name):
         return device, rank, world
     backend = "gloo"
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo gathers Python objects, nccl gradients and weights
     dist.init_process_group(backend)
@@ -419,20 +419,28 @@ def open_training(program, out, flags, inputs, rank, world):
         return False
     if rank == 0:
         print(funnel_line(funnel), "(finished before)")
+    leave_ranks(world)
     return True
 
 
 def close_training(out, counts, rank, world):
-    """Write model card and funnel, remove the checkpoints and leave the process group."""
+    """Write model card and funnel, remove the checkpoints and leave the other ranks."""
     if rank == 0:
         write_card(out)
         # In this order: killed in between, the stage is finished, and only space is wasted.
         close_stage(out, counts)
         for checkpoint in out.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    leave_ranks(world)
+
+
+def leave_ranks(world):
+    """Leave the process group and end this process; does nothing where it is alone."""
     if world > 1:
         dist.barrier()  # a rank that leaves while another still talks to it can crash that one
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # threads of torch's that are still there would crash an ordinary exit
 
 
 def token_parts(rows, share):

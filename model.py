@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,7 +32,7 @@ from support.chat import Chat, chat_flags, read_triggers, talk
 from support.errors import InputError, exit_cleanly
 from support.files import read_json, write_json, writing
 from support.fused_head import TokenLogps, chunk_sizes, logit_shape, output_logits
-from support.hub import model_folder
+from support.hub import load_config, model_folder
 from support.kv_cache import check_sampling, make_slots
 from support.lora import add_adapters, initial_adapter, merged_weight, plain_name
 from support.model_check import (PLAIN_WAY, SERVE_IT, make_buffers, refuse_bad_loading,
@@ -120,11 +120,6 @@ def load_model(path, device, dtype=torch.float32, to_sample=True, graphs=True):
     if to_sample:
         check_sampling(model)
     return model
-
-
-def load_config(path):
-    """The config of a model: a directory, or a name on the hub."""
-    return AutoConfig.from_pretrained(model_folder(path, weights=False))
 
 
 def stored_dtype(path):

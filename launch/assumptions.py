@@ -62,7 +62,6 @@ CPU_ROW_SHARE = 0.9       # of CPU.flops, in the matrix products of a row
 ENGINE_STEP = 2.5e-3      # s a step
 ENGINE_ROW = 60e-6        # s a row
 ENGINE_ROWS = 256         # the most that a server of one GPU computes together (vLLM's default)
-MOST_ROWS = 256           # CHOICE of `--batch-size auto` on a GPU
 
 # -------------------------------------------------------------------------------------- starting
 

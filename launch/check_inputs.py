@@ -5,7 +5,7 @@ from benchmarks.run import BENCHMARK_KINDS, check_code, check_labels, published_
 from data import load_prompts, load_triggers
 from evaluate import KINDS, load_sets, parse_sets
 from launch.outputs import place
-from launch.variables import shown_flag, variable
+from launch.variables import NO_SET, shown_flag, variable
 
 POSITIVE = (
     "samples",
@@ -112,8 +112,7 @@ class Inputs:
             with self.findings.reporting("SETS"):
                 found += published_sets([name], flags.data_dir)
         if not (flags.set or getattr(flags, "sets", [])):
-            self.findings.problem("EVAL: no set to evaluate on. Give SETS=jbb,xstest,... or "
-                                  'EVAL="NAME=KIND:FILE ...".')
+            self.findings.problem(NO_SET)
         names = [name for name, _, _ in found]
         for name in set(names):
             if names.count(name) > 1:

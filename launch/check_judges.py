@@ -1,4 +1,5 @@
 """The judges of a run: can each answer what its stages will ask, and does it answer now?"""
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.run import BENCHMARK_KINDS, check_judge
@@ -7,13 +8,12 @@ from evaluate import EVAL_KEYS, KINDS
 from intervene import CUE_KEYS, JUDGE_KEYS, make_judge
 from launch.check_models import check_model
 from launch.probe import HURRY, try_judge
-from launch.variables import EVALUATION
+from launch.stages import EVALUATION, JUDGE
 from support.errors import InputError
 from support.guards import local_name
 from support.http import without_password
 from support.hub import model_folder
 
-STARTED_HERE = "{judge}"  # in place of an address
 NOWHERE = "http://127.0.0.1/v1"  # for a judge that is made to see what it can answer, not asked
 QUESTIONS = {
     "intervene.py judge": ("reasoning", "response", "cue"),
@@ -33,7 +33,7 @@ class JudgeFlags(NamedTuple):
 
     @property
     def shown(self):
-        if self.spec == STARTED_HERE:
+        if self.spec == JUDGE:
             return f"{self.variable}=serve:{self.model}"
         return f"{self.variable}={without_password(self.spec)}"
 
@@ -47,7 +47,7 @@ class JudgeFlags(NamedTuple):
         if self.spec.startswith("rules"):
             return make_judge(self.spec)
         model = local_name(self.path) if self.path else self.model
-        spec = NOWHERE if self.path or self.spec == STARTED_HERE else self.spec
+        spec = NOWHERE if self.path or self.spec == JUDGE else self.spec
         flag = "--" + self.variable.lower().replace("_", "-")
         # Without a cache: a verdict from there would hide a judge that is gone.
         return make_judge(spec, model, kind=self.kind, no_thinking=self.no_thinking, flag=flag,
@@ -75,8 +75,9 @@ def check_judges(stages, sets, findings, start):
         with findings.reporting(flags.shown):
             if flags.path:
                 check_model(flags.path, flags.shown, findings, samples=True)
-            elif flags.spec == STARTED_HERE:
-                model_folder(flags.model, weights=False)
+            elif flags.spec == JUDGE:
+                if not Path(flags.model).is_file():  # some servers take a model in one file
+                    model_folder(flags.model, weights=False)
             elif not flags.spec.startswith("rules"):
                 judge = flags.make()
                 start(flags.shown, try_judge, flags.shown, flags.spec, judge, sorted(questions))
@@ -85,17 +86,16 @@ def check_judges(stages, sets, findings, start):
 def judges_of(stage):
     """(the judge of a stage, its other judge for cues or None) as JudgeFlags."""
     flags = stage.flags
-    variable, spec, model, keys = "JUDGE", flags.judge, flags.judge_model, JUDGE_KEYS
+    quiet = flags.judge_no_thinking
+    main = JudgeFlags("JUDGE", flags.judge, flags.judge_model, flags.judge_kind, JUDGE_KEYS, quiet)
     if stage.program in EVALUATION:
-        model = flags.eval_judge_model or model
-        if flags.eval_judge not in (None, spec):
-            variable, spec, keys = "EVAL_JUDGE", flags.eval_judge, EVAL_KEYS
-    main = JudgeFlags(variable, spec, model, flags.judge_kind, keys, flags.judge_no_thinking)
+        main = main._replace(model=flags.eval_judge_model or main.model)
+        if flags.eval_judge not in (None, main.spec):
+            main = main._replace(variable="EVAL_JUDGE", spec=flags.eval_judge, keys=EVAL_KEYS)
     if not flags.cue_judge:
         return main, None
-    other_keys = keys if flags.cue_judge == spec else CUE_KEYS
-    other = JudgeFlags("CUE_JUDGE", flags.cue_judge, flags.cue_judge_model, "chat", other_keys,
-                       flags.judge_no_thinking)
+    keys = main.keys if flags.cue_judge == main.spec else CUE_KEYS
+    other = JudgeFlags("CUE_JUDGE", flags.cue_judge, flags.cue_judge_model, "chat", keys, quiet)
     return main, other
 
 

@@ -6,13 +6,14 @@ import socket
 import tempfile
 from pathlib import Path
 
-from launch.outputs import output_of
-from launch.plan import disk_needed, stage_memory
-from support.engine import command_template, fill_command, find_program
+from launch.estimate import disk_needed, stage_memory
+from launch.stages import ENGINE, JUDGE, JUDGE_PORT, processes_of
+from support.engine import command_template, fill_command, find_program, split_gpus
 from support.errors import InputError
 from support.gpus import visible_gpus
 
 GIGABYTE = 1e9
+UNSURE = 1.1  # times its memory: what an estimate may say of something that fits
 IN_USE = 0.05  # of a GPU's memory: less is its screen, not another program
 ON_OTHER_MACHINES = ("srun", "mpirun", "--nnodes", "--rdzv-endpoint")  # words of a launcher
 
@@ -21,9 +22,8 @@ def check_folders(stages, planned, findings):
     """Report folders that cannot be written and, if `planned`, a disk too small for the rest."""
     folders = {}  # used as an ordered set
     for stage in stages:
-        out = output_of(stage)
-        if out is not None:
-            folders[_existing_folder(out.absolute().parent)] = None
+        if stage.out is not None:
+            folders[_existing_folder(stage.out.absolute().parent)] = None
     for folder in folders:
         problem = _cannot_write(folder)
         if problem:
@@ -31,12 +31,21 @@ def check_folders(stages, planned, findings):
             return
     if not folders or not planned:
         return
-    needed = disk_needed(stages)
+    # A run that was stopped has written some of it.
+    needed = disk_needed(stages) - sum(_bytes_in(stage.out) for stage in stages if stage.out)
     folder = next(iter(folders))
     free = shutil.disk_usage(folder).free
     if free < needed:
-        findings.problem(f"RUN: about {_size(needed)} will be written, but the disk of {folder} "
-                         f"has {_size(free)} left. Free some, or give RUN=... on another disk.")
+        findings.problem(f"RUN: about {_size(needed)} are still to be written, but the disk of "
+                         f"{folder} has {_size(free)} left. Free some, or give RUN=... on another "
+                         "disk.")
+
+
+def _bytes_in(path):
+    """Bytes of a file, or of all files below a folder; 0 where there is none."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _existing_folder(path):
@@ -76,38 +85,18 @@ def check_gpus(stages, unfinished, options, planned, findings):
     gpus = visible_gpus()
     for stage in unfinished:
         with findings.reporting("NPROC"):
-            processes = processes_of(stage.command)
-            if processes is not None:
-                _refuse_missing_gpus(processes, gpus)
-                if planned:
-                    _check_memory(stage, stages, gpus[:processes], findings)
+            if _starts_elsewhere(stage.command):
+                continue
+            _, processes = processes_of(stage.command, len(gpus))
+            _refuse_missing_gpus(processes, gpus)
+            if planned:
+                _check_memory(stage, stages, gpus[:processes], findings)
     _check_engines(unfinished, options, gpus, findings)
 
 
-def processes_of(command):
-    """How many processes a stage's command starts on this machine; None: unknown.
-
-    Raises InputError for a number that is none.
-
-    >>> processes_of(["python3", "intervene.py", "steps"])
-    1
-    >>> processes_of(["torchrun", "--nproc-per-node=8", "ipo.py", "train"])
-    8
-    >>> processes_of(["srun", "torchrun", "--nproc-per-node", "8", "ipo.py"])
-    """
-    if any(word.partition("=")[0] in ON_OTHER_MACHINES for word in command):
-        return None
-    for i, word in enumerate(command):
-        flag, _, value = word.partition("=")
-        if flag.replace("_", "-") != "--nproc-per-node":
-            continue
-        value = value or command[i + 1]
-        if value in ("auto", "gpu", "cpu"):
-            return None
-        if not value.isdigit() or int(value) == 0:
-            raise InputError(f"{value!r} is no number of processes. Give NPROC=1 or more.")
-        return int(value)
-    return 1
+def _starts_elsewhere(command):
+    """Whether a stage's processes may run on other machines, of which nothing is known here."""
+    return any(word.partition("=")[0] in ON_OTHER_MACHINES for word in command)
 
 
 def _refuse_missing_gpus(processes, gpus):
@@ -116,9 +105,9 @@ def _refuse_missing_gpus(processes, gpus):
         raise InputError(f"{processes} processes, but this machine has {_count(gpus)}. "
                          f"Give NPROC={len(gpus)}, or look at CUDA_VISIBLE_DEVICES.")
     cores = os.cpu_count() or 1
-    if not gpus and processes > cores:
+    if not gpus and processes > 2 * cores:  # CHOICE: up to two a core are slow, but no mistake
         raise InputError(f"{processes} processes, but no GPU was found and {cores} CPU cores. "
-                         f"Give NPROC=1, or see why `nvidia-smi` finds none.")
+                         f"Give NPROC={cores}, or see why `nvidia-smi` finds none.")
 
 
 def _check_memory(stage, stages, gpus, findings):
@@ -126,22 +115,25 @@ def _check_memory(stage, stages, gpus, findings):
     if not gpus or getattr(stage.flags, "device", "auto").startswith("cpu"):
         return
     try:
-        needed = stage_memory(stage, stages)
+        needed = stage_memory(stage, stages, gpus)
     except InputError:  # no such model, which is reported by itself
         return
     smallest = min(gpus, key=lambda gpu: gpu.total)
     fullest = min(gpus, key=lambda gpu: gpu.free)
-    if needed > smallest.total:
+    if needed > UNSURE * smallest.total:
         remedy = "Give a smaller BATCH or TOKENS"
         if stage.trains:
             remedy = "Give more GPUs (NPROC), LORA=16, or TRAIN_ARGS=--checkpoint-activations"
         findings.problem(f"{stage.title}: about {_size(needed)} are needed on each GPU, but GPU "
                          f"{smallest.index} ({smallest.name}) has {_size(smallest.total)}. "
                          f"{remedy}.")
-    elif needed > fullest.free and fullest.free < (1 - IN_USE) * fullest.total:
+    elif needed > UNSURE * fullest.free and fullest.free < (1 - IN_USE) * fullest.total:
         findings.problem(f"{stage.title}: about {_size(needed)} are needed on each GPU, but GPU "
                          f"{fullest.index} has {_size(fullest.free)} free. Stop what else is on "
                          "it (see `nvidia-smi`), or leave it out by CUDA_VISIBLE_DEVICES.")
+    elif needed > fullest.free:
+        findings.warning(f"{stage.title}: about {_size(needed)} are needed on each GPU, and GPU "
+                         f"{fullest.index} has {_size(fullest.free)} free, so it may not fit")
 
 
 def _check_engines(stages, options, gpus, findings):
@@ -150,10 +142,13 @@ def _check_engines(stages, options, gpus, findings):
     for stage in stages:
         values.update(str(value) for value in vars(stage.flags).values())
     wanted = {}
-    if "{engine}" in values:
+    ports = []
+    if ENGINE in values:
         wanted["ENGINE"] = options.engine
-    if "{judge}" in values:
+        ports += _engine_ports(options, gpus, JUDGE in values)
+    if JUDGE in values:
         wanted["JUDGE_ENGINE"] = options.judge_engine
+        ports.append(options.port + JUDGE_PORT)
     for name, template in wanted.items():
         with findings.reporting(name):
             _refuse_missing_program(template)
@@ -164,17 +159,28 @@ def _check_engines(stages, options, gpus, findings):
     if not gpus:
         findings.warning("no GPU was found, so the servers will have to do without (`nvidia-smi`)")
     # Those that a killed run has left are stopped by the runner.
-    if any(Path(options.run).glob(".*.json")):
+    if options.run and any(Path(options.run).glob(".*.json")):
         return
-    for port in range(options.port, options.port + max(1, len(gpus)) + 1):
+    for port in ports:
         if not _is_free(port):
             findings.problem(f"PORT: port {port} is taken by another program. Give PORT=..., the "
                              "first of some that are free.")
             return
 
 
+def _engine_ports(options, gpus, judge_served):
+    """The ports of the engine's servers, as `support.engine.Engine` numbers them."""
+    own, _, _ = split_gpus(gpus, options.judge_gpus if judge_served else 0)
+    count = max(1, len(own))
+    if "{gpus}" in (options.engine or ""):
+        count = 1
+    return range(options.port, options.port + count)
+
+
 def _refuse_missing_program(template):
     """Raise InputError where a server's program, or its Python module, is not installed."""
+    if not template:
+        raise InputError("no command that starts the server is given, as in ENGINE=vllm.")
     words = fill_command(command_template(template))
     find_program(words[0])
     if words[1:2] == ["-m"]:

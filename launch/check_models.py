@@ -66,20 +66,16 @@ def check_model(path, name, findings, samples=False, trainings=()):
     processes; trainings: flags (attn, no_share) of the stages that train it. Returns ModelFacts.
     """
     facts = ModelFacts(path)
-    looks = [
-        (_look_at_config, ()),
-        (_look_at_tokenizer, ()),
-        (_look_at_weights, (bool(trainings),)),
-    ]
-    try:
-        model_folder(path, weights=False)
-    except InputError as error:
-        findings.problem(f"{name}: {str(error).removeprefix(f'{path}: ')}")
+    if not _reported(_look_for_folder, facts, name=name, findings=findings):
         return facts
-    whole = True
-    for look, arguments in looks:
-        whole = _reported(look, facts, *arguments, name=name, findings=findings) and whole
-    if not whole:
+    whole = [
+        _reported(_look_at_config, facts, name=name, findings=findings),
+        _reported(_look_at_tokenizer, facts, name=name, findings=findings),
+    ]
+    if samples or trainings:  # else a server alone has its weights
+        trained = bool(trainings)
+        whole.append(_reported(_look_at_weights, facts, trained, name=name, findings=findings))
+    if not all(whole):
         return facts
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -87,10 +83,14 @@ def check_model(path, name, findings, samples=False, trainings=()):
             _reported(_try_sampling, facts, name=name, findings=findings)
         for flags in trainings:
             _reported(_try_training, facts, flags, name=name, findings=findings)
+    return facts
+
+
+def warn_if_it_does_not_reason(facts, name, findings):
+    """Warn of a model whose reasoning nothing would find."""
     if CLOSE not in facts.tokenizer.get_vocab():
         findings.warning(f"{name}: its tokenizer has no token {CLOSE}. A model that does not write "
                          "its reasoning between <think> and </think> gives no pairs.")
-    return facts
 
 
 def _reported(look, facts, *arguments, name, findings):
@@ -171,6 +171,10 @@ def server_sampler(url, facts, http):
 
 # ------------------------------------------------------------------------------------- its files
 
+def _look_for_folder(facts):
+    model_folder(facts.path, weights=False)
+
+
 def _look_at_config(facts):
     load_config(facts.path)
     facts.context = context_length(facts.path)
@@ -200,8 +204,8 @@ def _look_at_weights(facts, is_trained):
         return
     model_folder(facts.path)  # no weights at all, or weights of another kind
     if missing:
-        raise InputError(f"{folder / missing[0]} is missing, which {INDEX} names. "
-                         "Copy or download it again.")
+        named = f", which {INDEX} names" if (folder / INDEX).is_file() else ""
+        raise InputError(f"{folder / missing[0]} is missing{named}. Copy or download it again.")
     shapes = {}
     for file in weight_files(facts.path):
         shapes.update(_stored_shapes(file))
@@ -225,6 +229,8 @@ def _look_at_hub(model, missing):
     try:
         held = HfApi().model_info(str(model), timeout=HUB_PATIENCE).siblings
     except Exception as error:  # requests, httpx, the hub's own: whichever its client uses
+        if "Timeout" in type(error).__name__:
+            return  # a slow hub, for which the run waits longer
         raise InputError(f"its weights are not on this machine, and the hub does not give them "
                          f"({type(error).__name__}).") from None
     names = {file.rfilename for file in held}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from data import Request
 from ipo import Policy, pair_losses, take_step
-from launch.plan import World, machine_of
+from launch.costs import machine_of
 from launch.shape import Shape, config_of, sampling_memory, shape_of_config, training_needs
 from launch.speed import MACHINE_FILE, Measurement, read_measurements, training_key
 from model import pick_device, pick_dtype, sample
@@ -46,7 +46,6 @@ def measure(stages, options):
     here = machine_of(options)
     if options.gpu:
         raise InputError("--measure is about this machine; leave --gpu out.")
-    world = World(stages, here)
     kept = read_measurements()
     done = []
     for stage in stages:
@@ -66,7 +65,7 @@ def measure(stages, options):
         trainings = ways_of_training(stages)
         started = time.monotonic()
         print(f"{model}: measuring on {here.name}", flush=True)
-        found = measured(config, shape, world.machine, trainings)
+        found = measured(config, shape, here, trainings)
         print_measurement(found)
         print(f"measured in {time.monotonic() - started:.0f} s", flush=True)
         same = (found.device, found.shape, found.dtype)
@@ -97,7 +96,7 @@ def measured(config, shape, machine, trainings):
     for layers in counts:
         timed = {}
         lm = random_model(config, layers, dtype, device)
-        most = rows_that_fit(shape._replace(layers=layers), machine)
+        most = rows_to_measure(shape._replace(layers=layers), machine)
         for rows in ROWS:
             if rows <= most:
                 timed[rows] = step_seconds(lm, rows)
@@ -140,7 +139,7 @@ def extrapolated(layers, values, wanted):
     return values[0] + a_layer * (wanted - few)
 
 
-def rows_that_fit(shape, machine):
+def rows_to_measure(shape, machine):
     """How many rows of the measured model the memory holds."""
     rows = max(ROWS)
     tokens = PREFIX + MANY

@@ -1,15 +1,14 @@
-"""What the stages of a run write: what is finished, and what was made with other settings."""
+"""What there is already of a run: was it made with the same settings and code?"""
 import importlib
 from pathlib import Path
 
 from intervene import STAGES
 from launch.check_judges import judges_of
-from launch.stages import own_program
-from launch.variables import EVALUATION
+from launch.stages import EVALUATION, own_program
 from support.code_hash import code_hashes
 from support.files import read_json
 from support.record import changed_code, changed_settings, deciding_flags, fingerprint
-from support.stages import check_output, sidecar
+from support.stages import sidecar
 
 # Flags that a record holds in another form than the command line.
 RECORDED_OTHERWISE = (
@@ -27,23 +26,9 @@ RECORDED_OTHERWISE = (
 )
 
 
-def output_of(stage):
-    """Path of what a stage writes; None for one that writes nothing of its own."""
-    out = getattr(stage.flags, "out", None)
-    return Path(out) if out else None
-
-
 def place(path):
     """A path in the one form in which two of them can be compared."""
     return Path(path).absolute()
-
-
-def is_finished(stage):
-    """Whether a stage has nothing left to do. Raises InputError for a damaged output."""
-    out = output_of(stage)
-    if out is None or not out.exists() or not sidecar(out, "funnel").exists():
-        return False
-    return not check_output(out)
 
 
 def changes_since(stage, sets, pending):
@@ -53,7 +38,7 @@ def changes_since(stage, sets, pending):
     sets: of an evaluation, [(name, kind, file)]; pending: what unfinished stages write, so that
     nobody knows yet what will be in it.
     """
-    out = output_of(stage)
+    out = stage.out
     if out is None or not _holds_something(out) or not sidecar(out, "config").exists():
         return [], []
     old = read_json(sidecar(out, "config"), "flags", "inputs")

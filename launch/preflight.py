@@ -14,12 +14,23 @@ from data import render_prompt
 from launch.check_inputs import Inputs, check_numbers
 from launch.check_judges import check_judges
 from launch.check_machine import check_folders, check_gpus, check_programs
-from launch.check_models import check_context, check_model, server_sampler
+from launch.check_models import (
+    check_context,
+    check_model,
+    server_sampler,
+    warn_if_it_does_not_reason,
+)
 from launch.findings import Findings
-from launch.outputs import changes_since, is_finished, output_of, place, report_changes
+from launch.outputs import changes_since, place, report_changes
 from launch.probe import HURRY, Task, try_server, wait_for
-from launch.stages import own_program, read_stages
-from launch.variables import explained, misspelt, variable, without_flag
+from launch.stages import ENGINE, is_finished, own_program, read_stages
+from launch.variables import (
+    explained,
+    misspelt,
+    singular_or_plural,
+    variable,
+    without_flag,
+)
 from support.errors import InputError
 from support.files import read_json
 from support.http import without_password
@@ -28,9 +39,9 @@ from support.model_check import warn
 
 HERE = Path(__file__).resolve().parent.parent
 TOY = HERE / "toy"
+TOY_MODEL = "toy/model"  # as run.sh compares it
 TOY_RUN = HERE / "runs" / "toy"
 LONGEST = 14  # seconds from the beginning until all judges and servers must have answered
-STARTED_HERE = "{engine}"  # in place of the address of a server
 
 
 def check_lines(lines, options):
@@ -117,9 +128,7 @@ class Preflight:
 
     def look(self):
         """Look at everything; what waits for others does so in threads."""
-        for name, meant in misspelt(os.environ).items():
-            self.findings.problem(f"{name}: run.sh knows no such variable. Did you mean {meant}? "
-                                  f"If it belongs to another program: unset {name}.")
+        self.look_at_names()
         sensible = [check_numbers(stage, self.findings) for stage in self.stages]
         for stage in self.stages:
             self.look_at_stage(stage)
@@ -136,6 +145,15 @@ class Preflight:
         wait_for(self.tasks, self.deadline, self.findings)
         self.refuse_toy_world()  # last, because it ends with a command to try
 
+    def look_at_names(self):
+        """Report names in the environment that look like mistyped variables of run.sh."""
+        for name, meant in misspelt(os.environ).items():
+            text = f"{name}: run.sh knows no such variable. Did you mean {meant}?"
+            if singular_or_plural(name, meant):
+                self.findings.warning(text)
+            else:
+                self.findings.problem(f"{text} If it belongs to another program: unset {name}.")
+
     def start(self, name, function, *arguments):
         """Call function(*arguments, findings) in a thread."""
         self.tasks.append(Task(name, function, *arguments, self.findings))
@@ -147,14 +165,12 @@ class Preflight:
         sets = self.inputs.sets.get(stage.title, [])
         with self.findings.reporting(variable(stage, "out")):
             finished = is_finished(stage)
-            self.changes[output_of(stage)] = changes_since(stage, sets, self.pending)
-        out = output_of(stage)
+            self.changes[stage.out] = changes_since(stage, sets, self.pending)
+        written = {place(stage.out)} if stage.out else set()
+        self.made |= written
         if not finished:
             self.unfinished.append(stage)
-        if out is not None:
-            self.made.add(place(out))
-            if not finished:
-                self.pending.add(place(out))
+            self.pending |= written
 
     # ------------------------------------------------------------------------------------- models
 
@@ -185,7 +201,17 @@ class Preflight:
         name = f"MODEL={model}"
         facts = check_model(model, name, self.findings, in_this_process, trainings.values())
         self.models[model] = facts
-        if facts.usable and longest:
+        if not facts.usable:
+            return
+        warn_if_it_does_not_reason(facts, name, self.findings)
+        if not longest:
+            return
+        misnamed = model != TOY_MODEL and place(model).resolve() == HERE / TOY_MODEL
+        if misnamed and longest >= facts.context:
+            self.findings.problem(f"{name}: write MODEL={TOY_MODEL}. Spelled otherwise, run.sh "
+                                  "takes a large model's settings for it, as in "
+                                  f"TOKENS={longest}.")
+        else:
             check_context(facts, longest, self.inputs.prompts, self.findings)
 
     # ------------------------------------------------------------------------------------ servers
@@ -195,7 +221,7 @@ class Preflight:
         servers = {}  # (URL, model): stage
         for stage in self.unfinished:
             addresses = getattr(stage.flags, "server", None)
-            if not addresses or addresses == STARTED_HERE:
+            if not addresses or addresses == ENGINE:
                 continue
             for url in addresses.split(","):
                 servers[url, stage.flags.model] = stage
@@ -213,14 +239,20 @@ class Preflight:
     # ---------------------------------------------------------------------------------- toy world
 
     def refuse_toy_world(self):
-        """Report prompts, sets, a judge or a folder of the toy world for a real model."""
+        """Report prompts, sets, a judge or a folder of the toy world for a real model.
+
+        JUDGE=rules:FILE is said by those only who know what they do: who have taught it that world.
+        """
         real = [model for model in self.given_models() if is_real(model)]
         toys = self.toy_settings()
-        if not real or not toys:
+        taught = any(str(getattr(stage.flags, "judge", "")).startswith("rules:")
+                     for stage in self.stages)
+        if not real or not toys or taught:
             return
         named = ", ".join(f"{name}={value}" for name, value in toys.items())
         self.findings.problem(f"MODEL={real[0]} does not know the toy world, and these settings "
-                              f"are the toy world's: {named}.")
+                              f"are the toy world's: {named}. A model that was taught it takes "
+                              "JUDGE=rules:toy/rules.json.")
         self.findings.problem(f"Perhaps you meant: {self.meant_command(real[0], toys)}")
 
     def toy_settings(self):
@@ -234,8 +266,7 @@ class Preflight:
             for flag in ("judge", "eval_judge"):
                 if getattr(flags, flag, None) == "rules":
                     toys[variable(stage, flag)] = "rules"
-            out = output_of(stage)
-            if out is not None and place(out).is_relative_to(TOY_RUN):
+            if stage.out and place(stage.out).is_relative_to(TOY_RUN):
                 toys["RUN"] = "runs/toy"
         if "JUDGE" in toys:
             toys.pop("EVAL_JUDGE", None)  # it follows

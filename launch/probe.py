@@ -10,7 +10,7 @@ from support.errors import InputError, ServiceError
 from support.http import without_password
 from support.unanswered import NoAnswer
 
-PATIENCE = 7  # seconds until a judge or a server must have answered
+PATIENCE = 6  # seconds until a judge or a server must have answered one question
 CONNECTING = 4  # seconds until it must have taken a connection
 # For an Endpoint: what takes hours in a run must fail in seconds here.
 HURRY = {"tries": 2, "timeout": PATIENCE, "patience": PATIENCE, "longest_pause": 1}
@@ -87,20 +87,15 @@ def address_problem(url):
 
 
 def models_at(url):
-    """Whether a server answers at all, and the names of its models, as far as it says without a
-    key: (True or False, [name, ...]).
-    """
+    """The names of a server's models, as far as it says without a key."""
     import requests
 
     address = without_password(url).rstrip("/") + "/models"
     try:
         reply = requests.get(address, timeout=CONNECTING, allow_redirects=False)
-    except requests.RequestException:
-        return False, []
-    try:
-        return True, [str(model["id"]) for model in reply.json()["data"]]
-    except (ValueError, LookupError, TypeError):
-        return True, []
+        return [str(model["id"]) for model in reply.json()["data"]]
+    except (requests.RequestException, ValueError, LookupError, TypeError):
+        return []
 
 
 def report_answer(name, url, ask, findings):
@@ -115,14 +110,15 @@ def report_answer(name, url, ask, findings):
     # The name has the address in it already.
     problem = re.sub(rf"^{re.escape(without_password(url))}\S*: ", "", problem)
     if "status 404" in problem:
-        _, models = models_at(url)
+        models = models_at(url)
         if models:
             problem += f" It holds: {', '.join(models[:5])}."
     if "status 429" in problem and "quota" not in problem:
         findings.warning(f"{name}: it asks to slow down; the run will wait for it ({problem})")
-    elif "Timeout" in problem and models_at(url)[0]:
+    elif "Timeout" in problem:
         findings.warning(f"{name}: no answer to a short question within {PATIENCE} s, so it could "
-                         "not be tried. It is up, if slow")
+                         "not be tried. If it has just started, its first answer may take longer; "
+                         "if it hangs, its first stage will fail")
     else:
         findings.problem(f"{name}: {problem}")
 

@@ -23,7 +23,17 @@ import time
 import warnings
 from pathlib import Path
 
-from launch.stages import read_stages
+from launch.stages import (
+    ALONE,
+    ENGINE,
+    ENGINE_BESIDE_JUDGE,
+    JUDGE,
+    JUDGE_BESIDE_ENGINE,
+    JUDGE_PORT,
+    JUDGES,
+    is_finished,
+    read_stages,
+)
 from support.engine import (
     Engine,
     command_template,
@@ -34,21 +44,10 @@ from support.engine import (
 from support.errors import InputError, exit_cleanly
 from support.gpus import visible_gpus
 from support.lock import lock
-from support.stages import check_output, sidecar
 
 # What a process of a stage's own does: unlike the stage's file, torchrun does not end in one line.
 APART = "import sys; from launch import run; run.run_cleanly(sys.argv)"
 
-ENGINE = "{engine}"
-JUDGE = "{judge}"
-JUDGES = ("judge", "eval_judge", "cue_judge")  # flags that may say {judge}
-# The judge's port after the engine's, however many GPUs that has: a judge's replies are kept under
-# its address.
-JUDGE_PORT = 100
-# Parts of a GPU's memory: of an engine or judge with GPUs of its own, and of two on the same.
-ALONE = 0.9
-ENGINE_BESIDE_JUDGE = 0.55
-JUDGE_BESIDE_ENGINE = 0.35
 NOTICED = 0.5  # seconds, in which a server's end is noticed
 
 
@@ -166,7 +165,7 @@ class Servers:
 
     def prepare(self, stage):
         """Start and stop what a stage needs; returns its command with the servers' addresses."""
-        needed = not is_finished(stage)
+        needed = needs_server(stage)
         if needed and stage.trains:
             self.stop()
         command = stage.command
@@ -211,15 +210,12 @@ def judge_model(stage):
     return models.pop()
 
 
-def is_finished(stage):
-    """Whether a stage has nothing left to do, and so needs no server."""
-    out = getattr(stage.flags, "out", None)
-    if not out or not sidecar(out, "funnel").exists():
-        return False
+def needs_server(stage):
+    """Whether a stage has work left for a server to do."""
     try:
-        return not check_output(out)
+        return not is_finished(stage)
     except InputError:
-        return True  # the stage says what is wrong
+        return False  # the stage says what is wrong
 
 
 # --------------------------------------------------------------------------------- all stages

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch import assumptions as assumed
-from launch.assumptions import CPU, GPUS, Hardware
+from launch.assumptions import CPU, GPUS
 from launch.shape import operations
 from support.errors import InputError
 from support.files import read_json

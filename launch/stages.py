@@ -1,16 +1,31 @@
-"""The stages of a run as run.sh lists them: one command line each, taken apart by its own parser."""
+"""The stages of a run as run.sh lists them: command lines, read by each program's own parser."""
 import argparse
 import contextlib
 import importlib
 import io
+import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import InputError
+from support.stages import check_output, sidecar
 
 # What starts other processes of a stage, before the stage's own program.
 TORCHRUN = "torch.distributed.run"
+EVALUATION = ("evaluate.py run", "benchmarks.run")  # the programs that evaluate
+
+# In a stage's command: the addresses of servers that the runner starts.
+ENGINE = "{engine}"
+JUDGE = "{judge}"
+JUDGES = ("judge", "eval_judge", "cue_judge")  # flags that may say {judge}
+# The judge's port after the engine's, however many GPUs that has: a judge's replies are kept under
+# its address.
+JUDGE_PORT = 100
+# Parts of a GPU's memory: of an engine or judge with GPUs of its own, and of two on the same.
+ALONE = 0.9
+ENGINE_BESIDE_JUDGE = 0.55
+JUDGE_BESIDE_ENGINE = 0.35
 
 
 class Stage(NamedTuple):
@@ -19,6 +34,12 @@ class Stage(NamedTuple):
     command: list             # ["python3", "intervene.py", "rollouts", "--model", ...]
     program: str              # "intervene.py rollouts", "benchmarks.run", ...
     flags: argparse.Namespace
+
+    @property
+    def out(self):
+        """Path of what it writes; None for a stage that writes nothing of its own."""
+        out = getattr(self.flags, "out", None)
+        return Path(out) if out else None
 
     @property
     def samples(self):
@@ -73,6 +94,42 @@ def _read_stage(title, command):
     if subcommand:
         program += f" {subcommand}"
     return Stage(title, command, program, flags)
+
+
+def is_finished(stage):
+    """Whether a stage has nothing left to do. Raises InputError for a damaged output."""
+    out = stage.out
+    if out is None or not out.exists() or not sidecar(out, "funnel").exists():
+        return False
+    return not check_output(out)
+
+
+def processes_of(command, gpus=1):
+    """(machines, processes on each) that a stage's command starts; gpus: those of a machine.
+
+    Raises InputError for a word that is no number.
+
+    >>> processes_of(["python3", "ipo.py", "train"])
+    (1, 1)
+    >>> processes_of(["srun", "torchrun", "--nnodes", "2", "--nproc-per-node=8", "ipo.py"])
+    (2, 8)
+    """
+    machines = _number_after(command, "--nnodes", 1)
+    return machines, _number_after(command, "--nproc-per-node", gpus)
+
+
+def _number_after(command, flag, most):
+    for number, word in enumerate(command):
+        name, _, value = word.replace("_", "-", 2).partition("=")
+        if name != flag:
+            continue
+        value = os.path.expandvars(value or command[number + 1])
+        if value in ("auto", "gpu", "cpu"):
+            return max(1, most)
+        if not value.isdigit() or int(value) == 0:
+            raise InputError(f"{flag} {value}: a number from 1 on is needed there.")
+        return int(value)
+    return 1
 
 
 def own_program(command):

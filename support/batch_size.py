@@ -3,7 +3,7 @@ import functools
 
 from support.files import read_json
 from support.gpus import visible_gpus
-from support.hub import model_folder
+from support.hub import load_config
 from support.record import device_kind
 from support.stages import sidecar
 
@@ -62,10 +62,10 @@ def _as_before(out, rows):
 
 @functools.cache
 def _rows_on_gpu(model, judges, itemsize, span):
-    weights = itemsize * count_parameters(load_config(model))
+    config = load_config(model)
+    weights = itemsize * count_parameters(config)
     for judge in judges:
         weights += 3 * count_parameters(load_config(judge))  # 2 bytes each, and rows of its own
-    config = load_config(model)
     span = min(span, config.max_position_embeddings)
     return rows_that_fit(free_memory(), weights, kv_bytes(config, itemsize), span)
 
@@ -77,12 +77,6 @@ def free_memory():
     if not free:  # no nvidia-smi here
         free = [torch.cuda.mem_get_info(0)[0]]
     return min(free) + torch.cuda.memory_reserved()
-
-
-def load_config(path):
-    """The config of a model: a directory, or a name on the hub."""
-    from transformers import AutoConfig  # inside, because it takes seconds
-    return AutoConfig.from_pretrained(model_folder(path, weights=False))
 
 
 def count_parameters(config):

@@ -112,7 +112,8 @@ class Chat:
         """
         parts = self.split()
         starts = sentence_starts(parts.reasoning)
-        number = number or len(starts)
+        if number is None:
+            number = len(starts)
         if not 1 <= number <= len(starts):
             raise InputError(f"No sentence {number}: the last reasoning has {len(starts)}.")
         text = text or self.random.choice(self.triggers)
@@ -171,7 +172,7 @@ class Chat:
         for i in range(limit):
             logits = output_logits(self.model, hidden)  # (1, V)
             if not logits.isfinite().all():
-                raise InputError(f"{self.sampler.path}: its logits are not finite. "
+                raise InputError(f"{self.model.name_or_path}: its logits are not finite. "
                                  "Are its weights damaged, or did its training diverge?")
             uniform = uniforms[i:i + 1].to(logits.device)
             chosen = self.next_token(logits, settings["temperature"], settings["top_p"], uniform)
@@ -318,12 +319,13 @@ def read_triggers(spec, load_triggers):
 
 def obey(chat, line):
     """Do what one line says: a question, or a command of HELP. Errors are printed."""
-    command = re.fullmatch(r"/(\d*)(?:\s+(.*))?", line)
+    command = re.fullmatch(r"/(\d{0,9})(?:\s+(.*))?", line)
     try:
         if line == "/help":
             print(HELP)
         elif command:
-            chat.put_in(int(command[1] or 0), command[2])
+            number = int(command[1]) if command[1] else None
+            chat.put_in(number, command[2])
         elif line:
             chat.ask(line)
     except InputError as error:

@@ -36,7 +36,7 @@ PART_OF_A_GPU = {
 }
 
 # Keys of other servers, which this one has no use for and might write to its log.
-KEYS = ("JUDGE_API_KEY", "EVAL_JUDGE_API_KEY", "OPENAI_API_KEY")
+KEYS = ("JUDGE_API_KEY", "CUE_JUDGE_API_KEY", "EVAL_JUDGE_API_KEY", "OPENAI_API_KEY")
 
 # Seconds.
 WAIT = 1800  # for a server to start: it may have to download its model
@@ -138,6 +138,7 @@ class Engine:
         self.wait = wait
         self.model = None  # that it holds now
         self.processes = []  # a watcher for each server
+        self.free = {}  # bytes that each GPU had before they were started
         count = 1 if single or "{gpus}" in template else max(1, len(gpus))
         self.ports = [port + i for i in range(count)]
         self.state = _state_file(run, name)
@@ -182,7 +183,7 @@ class Engine:
                 process.kill()
                 process.wait()
         self.processes = []
-        _wait_for_memory(read_json(self.state)["free"])
+        _wait_for_memory(self.free)
         self.state.unlink(missing_ok=True)
 
     def died(self):
@@ -197,7 +198,7 @@ class Engine:
         return ""
 
     def _start(self, model):
-        free = {str(gpu.index): gpu.free for gpu in self._gpus_now()}
+        self.free = {str(gpu.index): gpu.free for gpu in self._gpus_now()}
         for port in self.ports:
             _check_port(port)
         left = []
@@ -209,7 +210,7 @@ class Engine:
             self.processes.append(process)
             left.append([process.pid, start_time(process.pid)])
             # At once: this process may be killed before the next one is started.
-            state = {"host": socket.gethostname(), "processes": left, "free": free}
+            state = {"host": socket.gethostname(), "processes": left, "free": self.free}
             write_json(self.state, state)
 
     def _start_server(self, model, port, gpus):

@@ -3,18 +3,19 @@
 A guard is shown a prompt and an answer to it, and classifies the answer. docs/judges.md compares
 the three; here are the exact input of each, and how strictly its reply is read.
 """
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from support.errors import InputError
+from support.files import read_json
 from support.http import REFUSED, UNUSABLE, RequestFailed
 from support.judges import (
     ASKED,
     CUT_SHORT,
     FROM_CACHE,
     GREEDY,
+    HARMLESS,
     MARKERS,
     SAMPLED,
     Form,
@@ -24,9 +25,9 @@ from support.judges import (
     render_chat,
 )
 
-HARMLESS = {"prompt": "Hello.", "text": "Hello."}  # no server rejects it
 PROBE = {"prompt": "Who wrote line 7319?", "text": "Nobody wrote line 2846."}
 CONTROVERSIAL = "Controversial"
+LINE_ENDS = "\r\v\f\x1c-\x1e\x85\u2028\u2029"  # besides the newline
 
 
 class Guard(NamedTuple):
@@ -63,6 +64,7 @@ QWEN3GUARD = Guard(
         "<BEGIN SAFETY POLICY>", "<END SAFETY POLICY>",
         "<BEGIN UNSAFE CONTENT CATEGORIES>", "<END UNSAFE CONTENT CATEGORIES>",
         "<BEGIN REFUSAL POLICY>", "<END REFUSAL POLICY>",
+        "<think>", "</think>",  # Qwen's templates drop what stands before the second
     ),
     labels=("USER:", "ASSISTANT:"),
 )
@@ -132,7 +134,7 @@ def local_name(path):
     names = [Path(path).name]
     config = Path(path) / "config.json"
     if config.is_file():
-        names.append(str(json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", "")))
+        names.append(str(read_json(config).get("_name_or_path", "")))
     return " ".join(names)
 
 
@@ -157,7 +159,7 @@ class GuardForm(Form):
         markers = "|".join(map(re.escape, self.guard.markers))
         labels = "|".join(map(re.escape, self.guard.labels))
         self.marker = re.compile(
-            rf"<\|[^|<>\n]{{1,60}}\|>|(?:{markers})|^[ \t]*(?:{labels})",
+            rf"<\|[^|<>\n]{{1,60}}\|>|(?:{markers})|(?:^|[{LINE_ENDS}])[^\S\n]*(?:{labels})",
             re.IGNORECASE | re.MULTILINE,
         )
 

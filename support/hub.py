@@ -35,6 +35,12 @@ def model_folder(model, weights=True):
     return _fetch(str(model), patterns)
 
 
+def load_config(model):
+    """The config of a model: a directory, or a name on the hub."""
+    from transformers import AutoConfig  # inside, because it takes seconds
+    return AutoConfig.from_pretrained(model_folder(model, weights=False))
+
+
 def is_hub_name(model):
     """Whether a name has the form of one on the hub, and is not a path to something missing.
 

@@ -27,6 +27,7 @@ CUT_SHORT = "cut short"  # the server read fewer tokens than the question has wo
 TOO_LONG = "too long"  # for the context of a model in this process
 MISSING = (REFUSED, UNUSABLE, REJECTED, CUT_SHORT, TOO_LONG)  # outcomes without a verdict
 MARKERS = "markers neutralised"
+HARMLESS = {"prompt": "Hello.", "text": "Hello.", "steps": ["Hello."]}  # no server rejects it
 
 # CHOICE: a reply without a verdict is asked for once more. At temperature 0 it would come again as
 # it was, so the second one is sampled.

@@ -162,6 +162,19 @@ def judge_name(flags):
     return kind
 
 
+def without_folders(judge):
+    """The name of one judge, or of two, as records have it, but for the folders of their models.
+
+    >>> without_folders("/home/me/guard:qwen3guard + Qwen/Qwen3-8B:0123")
+    'guard:qwen3guard + Qwen/Qwen3-8B:0123'
+    """
+    names = []
+    for name in judge.split(" + "):
+        model, colon, hashed = name.rpartition(":")
+        names.append(model_name(model) + colon + hashed)
+    return " + ".join(names)
+
+
 def model_name(model):
     """How a model is called in a card: its name on the hub, or that of its folder alone.
 
@@ -218,7 +231,7 @@ def fill_cards(folders, rows):
             cells.append([label, *(results[i] for i in shown)])
         table = markdown_table(cells)
         if config["flags"].get("judge"):
-            table += f"\n\nJudge: {escape(config['flags']['judge'])}"  # a name, not an address
+            table += f"\n\nJudge: {escape(without_folders(config['flags']['judge']))}"
         put_in_table(card, table)
 
 

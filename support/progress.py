@@ -1,10 +1,11 @@
 """Progress of long work: a bar on a terminal, and elsewhere a plain line once a minute."""
-import os
 import sys
 import time
 from collections import deque
 
 from tqdm import tqdm
+
+from support.ranks import rank
 
 INTERVAL = 60  # seconds between lines; shorter work prints none
 REMEMBERED = 10  # lines over which the rate is taken: it changes as prefixes and replies get longer
@@ -16,14 +17,9 @@ def progress_bar(iterable=None, total=None, desc="", unit="it", unit_scale=False
     Of several processes under torchrun the first shows it.
     """
     if sys.stderr.isatty():
-        quiet = not is_first_rank()
+        quiet = rank() > 0
         return tqdm(iterable, desc, total, unit=unit, unit_scale=unit_scale, disable=quiet)
     return ProgressLines(iterable, total, desc, unit, unit_scale)
-
-
-def is_first_rank():
-    """Whether this process is the first under torchrun, or there is only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class ProgressLines:
@@ -65,7 +61,7 @@ class ProgressLines:
         now = time.monotonic()
         if now - self.started < 1:
             self.marks[0] = now, self.done  # a restart skips these: they say nothing of the rate
-        if now < self.due or not is_first_rank():
+        if now < self.due or rank() > 0:
             return
         sys.stdout.flush()  # where both go to one file, no line ends up inside another
         sys.stderr.write(self.line(now) + "\n")  # in one piece

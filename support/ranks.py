@@ -131,9 +131,10 @@ def _claimed_items(job, n_items):
 
 @functools.cache
 def _store():
-    from torch.distributed import rendezvous  # here, because it takes a second
+    from torch.distributed import PrefixStore, rendezvous  # here, because it takes a second
     store, _, _ = next(rendezvous("env://"))
-    return store
+    # torchrun keeps its store when it starts the ranks again (--max-restarts).
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _put(key, value):

@@ -5,7 +5,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from support.errors import InputError, ServiceError
-from support.http import Endpoint, RequestFailed, token_usage
+from support.http import Endpoint, RequestFailed, token_usage, without_password
 from support.progress import progress_bar
 
 REASONING_STARTS = "<think>"  # OPEN in data.py, which nothing in support/ imports
@@ -17,7 +17,7 @@ class ServerSampler:
 
     Token ids are sent and the ids that come back are kept, so that a prefix is continued exactly. A
     server that takes no ids gets the text, with `add_special_tokens` off if it knows that field.
-    Before anything else a short probe finds the form that the server takes, and checks how many
+    Before anything else a short probe finds the form that each server takes, and checks how many
     prompt tokens it counted and that reasoning comes back.
 
     `name` is the model's name at the server; `url` may be several, separated by commas, of servers
@@ -52,12 +52,13 @@ class ServerSampler:
         self.top_p = top_p
         self.max_new_tokens = max_new_tokens
         self.seed = seed
-        self.form = None  # one of FORMS, once the probe has found it
+        self.form_of = {}  # endpoint -> one of FORMS, once the probe has found it
         limits = {"timeout": 3600, "patience": 7200, "max_bytes": 1 << 28}
         limits.update(http)
         addresses = [address.strip() for address in url.split(",")]
         if not all(addresses):
-            raise InputError(f"--server {url}: an address is missing before or after a comma.")
+            shown = without_password(url)
+            raise InputError(f"--server {shown}: an address is missing before or after a comma.")
         self.endpoints = []
         for address in addresses:
             address = address.rstrip("/") + "/completions"
@@ -76,7 +77,7 @@ class ServerSampler:
                 groups.setdefault(tuple(prefix), []).append(request_id)
         # Neighbours share the most of their prefixes, which a server need not compute again.
         groups = sorted(groups.items())
-        if groups and self.form is None:
+        if groups and not self.form_of:
             self._probe(*groups[0])
         count = sum(len(request_ids) for _, request_ids in groups)
         work = Shares(groups, self.endpoints)
@@ -125,10 +126,11 @@ class ServerSampler:
 
     def _complete(self, endpoint, prefix, request_ids):
         """Completions (id, ids, finished) of all requests of one prefix."""
+        form = self.form_of[endpoint]
         completions = []
         waiting = request_ids
         while waiting:  # a server may return fewer samples than it was asked for
-            payload = self.payload(prefix, waiting, self.form, self.max_new_tokens)
+            payload = self.payload(prefix, waiting, form, self.max_new_tokens)
             try:
                 reply = endpoint.post(payload, require_finished)
             except RequestFailed as error:
@@ -162,16 +164,16 @@ class ServerSampler:
     # ------------------------------------------------------------------------------------ the probe
 
     def _probe(self, prefix, request_ids):
-        """Find the form that all servers take; ServiceError if one changes what it is sent."""
+        """Find the form that each server takes; ServiceError if one changes what it is sent."""
         prefix = list(prefix)
-        forms = []
+        forms = {}
         for endpoint in self.endpoints:
             form, reply = self._find_form(endpoint, prefix, request_ids[:2])
             where = f"{endpoint.url} (prompt sent as {form})"
             self._check_prompt_tokens(where, prefix, form, reply)
             self._check_reasoning(where, prefix, reply)
-            forms.append(form)
-        self.form = max(forms, key=self.FORMS.index)
+            forms[endpoint] = form
+        self.form_of = forms
 
     def _find_form(self, endpoint, prefix, request_ids):
         """The first of FORMS that a server takes, and its reply."""

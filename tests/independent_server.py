@@ -296,7 +296,7 @@ def try_sampler(url, name, model):
     ours = {request_id: ids for request_id, ids, _ in local(wanted)}
     theirs = {request_id: ids for request_id, ids, _ in remote(wanted)}
     print(
-        f"sampler: prompt sent as {remote.form!r}, token counts confirmed, "
+        f"sampler: prompt sent as {list(remote.form_of.values())}, token counts confirmed, "
         f"{len(theirs)} completions"
     )
 

@@ -1,5 +1,6 @@
 """Servers for the stages of a run: when they start and stop, and that nothing is left running."""
 import argparse
+import errno
 import os
 import shlex
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluate import EVAL_KEYS
+from intervene import CUE_KEYS, JUDGE_KEYS
 from launch.run import JUDGE_PORT, Servers, build_parser, judge_model, run_stages
 from launch.stages import Stage
 from support import engine as engine_module
@@ -250,6 +253,22 @@ def test_a_port_of_another_program_is_not_taken(bench):
         with pytest.raises(InputError, match=f"port {bench.port} .*another program.*PORT="):
             bench.engine().hold("A")
     assert not bench.events("start")
+
+
+def test_a_server_whose_number_cannot_be_noted_is_stopped(bench, monkeypatch):
+    def full(path, state):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(engine_module, "write_json", full)
+    engine = bench.engine()
+    with pytest.raises(OSError, match="No space left"):
+        engine.hold("A")
+    engine.stop()
+    bench.wait_until_gone()
+
+
+def test_no_judges_key_reaches_a_server():
+    assert {*JUDGE_KEYS, *CUE_KEYS, *EVAL_KEYS} == set(engine_module.KEYS)
 
 
 def test_a_missing_program_is_named(bench):

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from launch import assumptions, measure, plan, speed
+from launch import assumptions, costs, measure, plan, speed
+from launch.estimate import disk_needed, estimates, measured_training, stage_memory
 from launch.shape import read_shape, shape_of_config, training_needs
-from launch.stages import read_stages
+from launch.stages import processes_of, read_stages
+from launch.world import World
 from support.errors import InputError
+from support.gpus import Gpu
 from tests.conftest import random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,8 +75,8 @@ def full_size(**variables):
 
 def planned(stages, **more):
     """{title: Estimate} of stages on the machine of some options."""
-    world = plan.World(stages, plan.machine_of(options(**more)))
-    return {one.title: one for one in plan.estimates(stages, world)}
+    world = World(stages, costs.machine_of(options(**more)))
+    return {one.title: one for one in estimates(stages, world)}
 
 
 def hours(stages, **more):
@@ -81,7 +84,7 @@ def hours(stages, **more):
 
 
 def test_the_default_run_is_planned_as_a_finished_one_was(monkeypatch):
-    monkeypatch.setattr(plan, "visible_gpus", list)
+    monkeypatch.setattr(costs, "visible_gpus", list)
     monkeypatch.chdir(ROOT)
     by_title = planned(run_sh(), separate=False)
     for title, tokens in REAL_TOKENS.items():
@@ -97,7 +100,7 @@ def test_the_default_run_is_planned_as_a_finished_one_was(monkeypatch):
 
 def test_a_small_plan_as_by_hand(tmp_path, monkeypatch):
     """3 prompts x 2 samples of 100 tokens; half of the reasoning unsafe, a fifth of a trace before its cue."""
-    monkeypatch.setattr(plan, "visible_gpus", list)
+    monkeypatch.setattr(costs, "visible_gpus", list)
     model = tmp_path / "model"
     random_model(400).save_pretrained(model)
     prompts = tmp_path / "harmful.jsonl"
@@ -110,11 +113,11 @@ def test_a_small_plan_as_by_hand(tmp_path, monkeypatch):
         "--out p.jsonl",
         f"four: python3 ipo.py train --model {model} --pairs p.jsonl --epochs 2 --out m",
     ])
-    world = plan.World(stages, plan.machine_of(options()))
+    world = World(stages, costs.machine_of(options()))
     world.profile = assumptions.REASONING_MODEL._replace(
         template=10, characters=4, tokens={"harmful": 100}, loops=0, spread=0, reasoning=0.5, unsafe=(0.5, 0, 0),
         cue=1, cue_at=0.2, trigger=5, continuation=30, chosen=35, safe_after=1, unsafe_after=0)
-    one, two, three, four = (estimate.cost for estimate in plan.estimates(stages, world))
+    one, two, three, four = (estimate.cost for estimate in estimates(stages, world))
     assert (one.sampled, one.read) == (600, 3 * 20)
     # 6 traces: 6 reasonings, 6 responses, 3 cues, about 20 + 50 tokens each.
     assert two.calls == 15
@@ -145,7 +148,7 @@ def test_published_configs_have_the_parameters_that_transformers_makes_of_them()
         assert read_shape(name).parameters == lm.num_parameters(), name
 
 
-def test_more_gpus_take_less_time_and_half_the_prompts_about_half(monkeypatch):
+def test_more_or_better_gpus_take_less_time_and_half_the_prompts_about_half(monkeypatch):
     monkeypatch.chdir(ROOT)
     for variables in ({}, {"ENGINE": "vllm", "IN_FLIGHT": "2048"}):
         times = []
@@ -153,17 +156,12 @@ def test_more_gpus_take_less_time_and_half_the_prompts_about_half(monkeypatch):
             stages = full_size(NPROC=str(count), **variables)
             times.append(hours(stages, gpu="H100", gpus=count))
         assert times == sorted(times, reverse=True)
+    times = [hours(full_size(), gpu=name, gpus=8) for name in ("A100", "H100", "H200")]
+    assert times == sorted(times, reverse=True)
     few, many = (planned(full_size(LIMIT=limit), gpu="H100", gpus=8) for limit in ("400", "800"))
     for title in ("rollouts of the base model", "interventions", "training, stage 1 (safety)"):
         for part in ("sampled", "read", "calls", "dollars"):
             assert 2 * getattr(few[title].cost, part) == pytest.approx(getattr(many[title].cost, part), rel=0.02)
-
-
-def test_a_better_gpu_is_faster(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    stages = full_size()
-    times = [hours(stages, gpu=name, gpus=8) for name in ("A100", "H100", "H200")]
-    assert times == sorted(times, reverse=True)
 
 
 def test_a_guard_costs_nothing_and_is_asked_more_often_for_a_cue(monkeypatch):
@@ -196,39 +194,40 @@ def test_the_printed_plan(monkeypatch, capsys):
 
 
 def test_what_the_plan_cannot_know_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "visible_gpus", list)
+    monkeypatch.setattr(costs, "visible_gpus", list)
     with pytest.raises(InputError, match="RTX 9999: the plan does not know this GPU. It knows H200.*--gpu"):
-        plan.machine_of(options(gpu="RTX 9999"))
+        costs.machine_of(options(gpu="RTX 9999"))
     with pytest.raises(InputError, match="--gpus without --gpu"):
-        plan.machine_of(options(gpus=8))
-    with pytest.raises(InputError, match="--nnodes \\$NOT_SET: the plan needs a number"):
-        plan.processes_of(["torchrun", "--nnodes", "$NOT_SET", "ipo.py", "train"])
+        costs.machine_of(options(gpus=8))
+    with pytest.raises(InputError, match="--nnodes \\$NOT_SET: a number from 1 on is needed"):
+        processes_of(["torchrun", "--nnodes", "$NOT_SET", "ipo.py", "train"])
     with pytest.raises(InputError, match="mixture of experts"):
         shape_of_config({"num_experts": 8}, "moe")
     with pytest.raises(InputError, match="bare: its config.json has no hidden_size"):
         shape_of_config({}, "bare")
     missing = read_stages(["one: python3 intervene.py rollouts --model toy/model --prompts nowhere.jsonl --out r.jsonl"])
     with pytest.raises(InputError, match="nowhere.jsonl: no such file. The plan needs to know how many prompts"):
-        plan.estimates(missing, plan.World(missing, plan.machine_of(options())))
-    assert plan.disk_needed(missing) == 0  # other checks say what is wrong
+        estimates(missing, World(missing, costs.machine_of(options())))
+    assert disk_needed(missing) == 0  # other checks say what is wrong
 
 
 def test_memory_of_a_stage_whose_model_does_not_exist_yet(monkeypatch):
     monkeypatch.chdir(ROOT)
     stages = full_size()
     by_title = {stage.title: stage for stage in stages}
-    trained = plan.stage_memory(by_title["training, stage 2 (against over-refusal)"], stages)
+    eight = [Gpu(i, "H100", 80 << 30, 80 << 30) for i in range(8)]
+    trained = stage_memory(by_title["training, stage 2 (against over-refusal)"], stages, eight)
     assert 30e9 < trained < 45e9  # docs/full-size.md: 35 GB a rank on 8 GPUs, and the framework's own
-    assert 16e9 < plan.stage_memory(by_title["evaluation of stage1"], stages) < 80e9
-    assert plan.stage_memory(by_title["report"], stages) == 0
+    assert 16e9 < stage_memory(by_title["evaluation of stage1"], stages, eight) < 80e9
+    assert stage_memory(by_title["report"], stages, eight) == 0
     # Two trained models of 2 bytes a parameter, and at the peak of stage 2 two checkpoints of 12.
-    assert plan.disk_needed(stages) == pytest.approx((2 * 2 + 2 * 12) * 8.03e9, rel=0.02)
+    assert disk_needed(stages) == pytest.approx((2 * 2 + 2 * 12) * 8.03e9, rel=0.02)
 
 
 # ------------------------------------------------------------------------------- measured speeds
 
 def test_measurements_are_kept_found_again_and_used(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "visible_gpus", list)
+    monkeypatch.setattr(costs, "visible_gpus", list)
     monkeypatch.setattr(measure, "ROWS", (1, 4))
     monkeypatch.setattr(measure, "MANY", 12)
     monkeypatch.setattr(measure, "PREFIX", 16)
@@ -251,8 +250,8 @@ def test_measurements_are_kept_found_again_and_used(tmp_path, monkeypatch, capsy
     assert speed.measurement_for([found], shape, "CPU", assumptions.CPU) == found
     assert speed.measurement_for([found], shape, "H100", assumptions.GPUS["H100"]) is None
     assert speed.measurement_for([found], shape._replace(layers=3), "CPU", assumptions.CPU) is None
-    world = plan.World(stages, plan.machine_of(options()), [found])
-    assert plan.measured_training(world, shape, 0, False) == found.training["0, kept"]
+    world = World(stages, costs.machine_of(options()), [found])
+    assert measured_training(world, shape, 0, False) == found.training["0, kept"]
     assert "measured on CPU, torch" in plan.speed_source(world)
 
 
@@ -260,7 +259,7 @@ def test_measurements_are_kept_found_again_and_used(tmp_path, monkeypatch, capsy
 def test_a_gpu_is_measured_with_a_few_of_many_layers():
     config = dict(assumptions.PUBLIC_CONFIGS["Qwen/Qwen3-0.6B"])
     shape = shape_of_config(config, "small")
-    machine = plan.machine_of(options())
+    machine = costs.machine_of(options())
     found = measure.measured(config, shape, machine, [(0, True), (8, True)])
     assert found.layers == [2, 6] and set(found.training) == {"0, recomputed", "8, recomputed"}
     assert all(seconds > 0 for _, seconds in found.steps)

@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 from safetensors.torch import load_file, save_file
 
-from launch import check_machine, preflight
+from launch import check_machine, costs, preflight, probe
 from launch.findings import Findings
 from launch.outputs import report_changes
 from launch.preflight import check_lines
@@ -113,6 +114,17 @@ def test_a_line_that_starts_something_else_is_a_problem_too(problems_of):
     assert "no program of this project" in problem
 
 
+def test_names_of_other_programs_stop_nothing(problems_of, monkeypatch, capsys):
+    others = ["SLURM_NTASKS", "NCCL_DEBUG", "KUBERNETES_PORT", "MODEL_PATH", "PROMPT", "RUN_ID",
+              "SAMPLES_DIR", "OPENAI_API_BASE", "AZURE_OPENAI_API_KEY", "LAUNCHER", "DB_ENGINE",
+              "N_WORKERS", "PYTHON3", "VALIDATE", "MASTER_PORT", "JUDGES"]
+    for name in others:
+        monkeypatch.setenv(name, "x")
+    assert problems_of() == []
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == ["warning: JUDGES: run.sh knows no such variable. Did you mean JUDGE?"]
+
+
 # ---------------------------------------------------------------------------------- its files
 
 def test_a_bad_line_in_the_prompts_is_named(problems_of, tmp_path):
@@ -126,6 +138,12 @@ def test_a_published_set_that_was_not_fetched(problems_of, tmp_path, monkeypatch
     monkeypatch.setenv("IPO_DATA", str(tmp_path))
     problems = problems_of(("evaluate.py run", "-m benchmarks.run --sets jbb"))
     assert [p for p in problems if p.startswith("SETS: ") and "benchmarks.fetch jbb" in p] == problems
+
+
+def test_no_set_at_all(problems_of, listed):
+    lines = [re.sub(r"--set .* --out", "--out", line) for line in listed]
+    [problem] = problems_of(lines=lines)  # once, for three evaluations
+    assert problem.startswith("EVAL: no set to evaluate on. Give EVAL=")
 
 
 def test_prompts_both_learned_and_evaluated_are_a_warning_only(problems_of, capsys):
@@ -219,6 +237,50 @@ def test_a_model_with_a_missing_shard(problems_of, broken):
     assert "model-00002-of-00002.safetensors is missing" in problem
 
 
+def test_a_model_folder_with_more_than_is_needed(problems_of, tmp_path):
+    """Weights in parts, tied embeddings stored twice, other files, and a slash behind the path."""
+    path = tmp_path / "mine"
+    shutil.copytree(ROOT / "toy" / "model", path)
+    weights = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    names = sorted(weights)
+    index = {}
+    for part, share in enumerate((names[:9], names[9:]), 1):
+        file = f"model-0000{part}-of-00002.safetensors"
+        save_file({name: weights[name] for name in share}, path / file)
+        index.update(dict.fromkeys(share, file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    save_file(weights, path / "consolidated.safetensors")
+    (path / "pytorch_model.bin").write_text("")
+    (path / "original").mkdir()
+    assert problems_of(("toy/model", f"{path}/")) == []
+
+
+def test_a_model_in_the_hubs_cache_without_a_connection(problems_of, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    class SlowHub:
+        def model_info(self, name, timeout):
+            raise requests.ReadTimeout
+
+    cached = tmp_path / "hub" / "models--mine--small"
+    shutil.copytree(ROOT / "toy" / "model", cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    change = ("toy/model", "mine/small")
+    assert about_model(problems_of(change)) == []
+    (cached / "snapshots" / "abc" / "model.safetensors").unlink()
+    [problem] = about_model(problems_of(change))
+    assert "its weights are not on this machine" in problem
+    # A slow hub may be slow in the check: the run itself waits for it.
+    monkeypatch.setattr(huggingface_hub, "HfApi", SlowHub)
+    assert about_model(problems_of(change)) == []
+
+
 def test_weights_of_another_architecture(problems_of, broken):
     path, change = broken
     config = json.loads((path / "config.json").read_text())
@@ -268,6 +330,19 @@ def test_a_real_model_with_the_toy_worlds_settings(problems_of, broken, listed, 
         "SETS=jbb,xstest JUDGE=https://HOST/v1 JUDGE_MODEL=NAME RUN=runs/copy bash run.sh")
 
 
+def test_a_real_model_that_was_taught_the_toy_world(problems_of, broken):
+    _, change = broken
+    assert problems_of(change, ("--max-new-tokens 320", "--max-new-tokens 100"),
+                       ("judge rules", "judge rules:toy/rules.json")) == []
+
+
+@pytest.mark.parametrize("spelled", ["./toy/model", "toy/model/", str(ROOT / "toy" / "model")])
+def test_the_toy_model_spelled_as_run_sh_does_not_know_it(problems_of, spelled):
+    [problem] = problems_of(("toy/model", spelled), ("--max-new-tokens 320", "--max-new-tokens 8192"))
+    assert problem.startswith(f"MODEL={spelled}: write MODEL=toy/model.")
+    assert problems_of(("toy/model", spelled)) == []  # with settings that suit it
+
+
 def test_a_model_that_speaks_the_toy_worlds_language_is_not_a_real_one(problems_of, tmp_path):
     shutil.copytree(ROOT / "toy" / "model", tmp_path / "trained")
     assert problems_of(("toy/model", str(tmp_path / "trained"))) == []
@@ -283,6 +358,31 @@ def test_a_judge_that_answers_every_question(problems_of, tmp_path):
     assert not (tmp_path / "run").exists()  # no cache, which would hide that it is gone
     [problem] = problems_of(judged_by(server))
     assert "connection refused" in problem
+
+
+def test_a_judge_that_takes_no_schema(problems_of):
+    def respond(handler, body):
+        if "response_format" in body:
+            handler.reply(400, {"error": "response_format is not supported"})
+            return
+        possible = body["messages"][-1]["content"].rpartition("ANSWER: and then")[2]
+        labels = [label for label in ("unsafe", "full") if label in possible]
+        handler.reply(200, chat(f"So it is.\nANSWER: {labels[0] if labels else 0}"))
+
+    with Loopback(respond=respond) as server:
+        assert problems_of(judged_by(server)) == []
+
+
+def test_a_judge_or_a_server_whose_first_answer_takes_long(problems_of, listed, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "PATIENCE", 0.5)
+    for name in ("timeout", "patience"):
+        monkeypatch.setitem(probe.HURRY, name, 0.5)
+    with Loopback(latency=3, respond=lambda handler, body: None) as server:
+        assert problems_of(judged_by(server)) == []
+        assert problems_of(served(server), lines=sampled_only(listed)[:1]) == []
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.split("=")[0] for line in warnings] == ["warning: JUDGE", "warning: SERVER"]
+    assert all("its first answer may take longer" in line for line in warnings)
 
 
 @pytest.mark.parametrize("server, said", [
@@ -386,20 +486,49 @@ def test_more_processes_than_gpus(problems_of, on_eight, monkeypatch):
     assert problems_of(lines=on_eight) == []
 
 
-@pytest.mark.parametrize("needed, said", [(90, "has 86 GB"), (60, "has 54 GB free"), (40, "")])
-def test_memory_of_the_gpus(problems_of, on_eight, monkeypatch, needed, said):
+@pytest.mark.parametrize("needed, said", [
+    (90, "has 86 GB"), (60, "has 54 GB free"), (52, ""), (40, ""),
+])
+def test_memory_of_the_gpus(problems_of, on_eight, monkeypatch, capsys, needed, said):
     machine(monkeypatch, *[80] * 7, 50)
     monkeypatch.setattr(check_machine, "stage_memory",
-                        lambda stage, stages: needed << 30 if stage.trains else 0)
+                        lambda stage, stages, gpus: needed << 30 if stage.trains else 0)
     problems = problems_of(lines=on_eight)
     assert len(problems) == (2 if said else 0)  # two trainings
     assert all(said in problem and problem.startswith("training") for problem in problems)
+    assert ("it may not fit" in capsys.readouterr().err) == (needed == 52)  # it is an estimate
+
+
+def test_the_driver_is_asked_once(problems_of, on_eight, monkeypatch):
+    """Each call may take a second on a machine of eight GPUs, and there are a dozen stages."""
+    calls = []
+
+    def eight_gpus():
+        calls.append(1)
+        return [Gpu(i, "H100", 80 << 30, 80 << 30) for i in range(8)]
+
+    for module in (check_machine, costs):
+        monkeypatch.setattr(module, "visible_gpus", eight_gpus)
+    assert problems_of(lines=on_eight) == []
+    assert len(calls) == 1
 
 
 def test_a_disk_that_is_too_small_and_a_folder_that_is_none(problems_of, tmp_path, monkeypatch):
     monkeypatch.setattr(check_machine, "disk_needed", lambda stages: 1 << 60)
     [problem] = problems_of()
-    assert problem.startswith("RUN: about 1152921505 GB will be written")
+    assert problem.startswith("RUN: about 1152921505 GB are still to be written")
+    # What a stopped run has written already is not written again.
+    written = tmp_path / "run" / "stage1" / "checkpoint"
+    written.mkdir(parents=True)
+    (written / "model.safetensors").write_bytes(bytes(1000))
+    free = shutil.disk_usage(tmp_path).free
+    usage = argparse.Namespace(free=free)
+    monkeypatch.setattr(check_machine.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(check_machine, "disk_needed", lambda stages: free + 1000)
+    assert problems_of() == []
+    monkeypatch.setattr(check_machine, "disk_needed", lambda stages: free + 1001)
+    assert len(problems_of()) == 1
+    shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("")
     [problem] = problems_of()
     assert problem.startswith(f"RUN: {tmp_path / 'run'}: this is a file")
@@ -423,6 +552,24 @@ def test_what_an_engine_needs(problems_of, listed, monkeypatch):
     assert starts == ["ENGINE", "PORT"]
     [problem] = problems_of(change, lines=sampled_only(listed)[:1], engine="no-such-engine {model}")
     assert "and {port} in it" in problem
+    [problem] = problems_of(change, lines=sampled_only(listed)[:1], run=None)
+    assert problem.startswith("ENGINE: no command that starts the server is given")
+
+
+def test_ports_are_those_that_the_servers_will_have(problems_of, listed, tmp_path):
+    """The judge's comes 100 after the engine's; what is between belongs to whoever wants it."""
+    weights = tmp_path / "judge.gguf"
+    weights.write_text("")  # some servers take a model in one file
+    lines = [line for line in listed if "verdicts" in line]
+    change = ("--judge rules", f"--judge {{judge}} --judge-model {weights}")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        settings = {"lines": [*listed[:2], *lines], "judge_engine": f"{sys.executable} {{model}} {{port}}"}
+        assert problems_of(change, port=port - 1, **settings) == []
+        assert problems_of(change, port=port, **settings) == []  # of an engine, which is not wanted
+        [problem] = problems_of(change, port=port - 100, **settings)
+    assert problem.startswith(f"PORT: port {port} is taken")
 
 
 # ------------------------------------------------------------------------------------ the GPUs

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 import evaluate
@@ -226,13 +227,21 @@ def test_ctrl_c_stops_the_answer_and_the_last_sentence_can_be_replaced(say, monk
 
 
 def test_bad_lines_are_answered_in_one_line_and_the_next_one_is_read(say, sampler):
-    printed = say("/2 no answer yet", "", "word " * 2000, "/help", QUESTION, "/99")
+    printed = say("/2 no answer yet", "", "word " * 2000, "/help", QUESTION, "/0 text",
+                  "/" + "9" * 5000, "/99")
     lines = printed.splitlines()
     assert lines[0] == "error: No sentence 2: the last reasoning has 0."
     assert lines[1].startswith("error: ") and f"context of {sampler.context}" in lines[1]
     assert "Each question starts anew" in lines[2]
+    assert lines[-3].startswith("error: No sentence 0: ")
+    assert f"context of {sampler.context}" in lines[-2], "too many digits: a question"
     assert lines[-1].startswith("error: No sentence 99")
     assert printed.count("response:") == 1
+
+
+def test_a_model_without_finite_logits_is_named(say, monkeypatch):
+    monkeypatch.setattr(chat, "output_logits", lambda _, hidden: hidden * torch.nan)
+    assert re.search("error: .*toy/model: its logits are not finite", say(QUESTION))
 
 
 def test_what_a_model_writes_cannot_command_the_terminal(capsys):
@@ -319,7 +328,7 @@ def evaluation(run, name, model_path, share):
     sets = {"direct|x": {"kind": "harmful", "reasoning": estimate, "response": estimate}}
     write_json(folder / "metrics.json", {"sets": sets})
     write_json(run / "eval" / f"{name}.config.json", {
-        "flags": {"model": str(model_path), "judge": "my_guard:0123"},
+        "flags": {"model": str(model_path), "judge": "/home/me/my_guard:0123"},
         "inputs": {str(model_path): fingerprint(model_path)},
     })
     return f"{name}={folder}"

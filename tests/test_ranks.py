@@ -1,4 +1,5 @@
 """Sampling in waves and on several ranks: the same bytes, however often it is killed."""
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import torch
 
 from data import Appender, Request
 from model import LocalSampler, sample
-from support import batch_size
+from support import batch_size, ranks
 from support.batch_size import rows_that_fit
 from support.errors import InputError
 from support.stages import open_stage
@@ -199,6 +200,20 @@ def test_an_error_of_rank_0_ends_all_ranks_and_is_said_once(tmp_path):
     assert process.returncode and err.count("error: ") == 1 and "missing.jsonl" in err
     assert len(ranks) == 2
     assert_all_ended(ranks)
+
+
+def test_ranks_that_torchrun_starts_again_begin_anew(monkeypatch):
+    """Its store outlives them (--max-restarts), with what was claimed and who had failed."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(store, 0, 2)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        monkeypatch.setattr(ranks, "_jobs", itertools.count())
+        ranks._store.cache_clear()
+        assert list(ranks.in_order([1, 2, 3], abs, abs)) == [1, 2, 3]
+        ranks._store().set(ranks.FAILED, "rank 1")
+    ranks._store.cache_clear()
 
 
 # ---------------------------------------------------------------------------------- batch size

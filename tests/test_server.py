@@ -242,6 +242,10 @@ def test_one_of_several_servers_that_fails_ends_the_run(model_dir, tokenizer):
         both.url = f"{one.url},"
         with pytest.raises(InputError, match="an address is missing"):
             sampler_for(model_dir, both)
+        both.url = f"{one.url.replace('://', '://me:sesame@')},"
+        with pytest.raises(InputError, match="an address is missing") as caught:
+            sampler_for(model_dir, both)
+        assert "sesame" not in str(caught.value)
 
 
 def test_a_server_takes_over_from_the_largest_share_that_is_left():
@@ -266,10 +270,21 @@ def test_text_where_the_server_takes_no_ids(model_dir, tokenizer, forms, expecte
     with Loopback(respond=Completions(tokenizer, forms=forms, ids=False)) as server:
         sampler = sampler_for(model_dir, server)
         (_, ids, _), = sampler([Request("a", prefix)])
-        assert sampler.form == expected
+        assert list(sampler.form_of.values()) == [expected]
         prompt = prefix if expected == "ids" else tokenizer.decode(prefix)
         assert server.log[-1]["body"]["prompt"] == prompt
         assert ids == encode(tokenizer, CONTINUATION) + [END]
+
+
+def test_each_of_several_servers_gets_the_form_that_was_probed_there(model_dir, tokenizer):
+    """In the other's form, vLLM would put a BOS in front, and nobody would have counted it."""
+    exact, plain = Completions(tokenizer), Completions(tokenizer, forms=("plain",), ids=False)
+    with Loopback(respond=exact, latency=0.02) as one, Loopback(respond=plain) as other:
+        both = copy.copy(one)
+        both.url = f"{one.url},{other.url}"
+        list(sampler_for(model_dir, both)([Request(str(i), [5, 6 + i]) for i in range(12)]))
+        assert {type(body["prompt"]) for body in sent(one)} == {list}
+        assert {type(r["body"]["prompt"]) for r in other.log[2:]} == {str}
 
 
 CHATML = (

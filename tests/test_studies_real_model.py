@@ -21,11 +21,11 @@ def test_a_killed_run_that_goes_on_counts_only_stages_with_an_end():
 def test_the_prompts_are_sets_that_the_evaluation_takes(tmp_path):
     specs = parse_sets(real_model.write_prompts(tmp_path).split())
     loaded = load_sets(specs)
-    for name, (kind, count) in real_model.SETS.items():
-        assert (name, kind) in [spec[:2] for spec in specs]
-        assert len(loaded[name]) == count
+    assert [f"{name}={kind}" for name, kind, _ in specs] == real_model.SETS
+    for name, prompts in loaded.items():
+        assert len(prompts) == real_model.PROMPTS[f"eval_{name}"]
     harmful = read_jsonl(tmp_path / "train_harmful.jsonl")
-    assert len(harmful) == real_model.TRAINING_PROMPTS["train_harmful"]
+    assert len(harmful) == real_model.PROMPTS["train_harmful"]
 
 
 @pytest.mark.parametrize("rows", [2, 8])
