@@ -79,10 +79,8 @@ def convert(out):
 
 def fastest_training_dtype():
     """bfloat16 where the processor multiplies it in hardware, which is about twice as fast."""
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-        return "bfloat16"
-    return "float32"
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 def check_packages():
@@ -111,15 +109,11 @@ def write_prompts(folder):
 
 
 def call(command, log, **variables):
-    """Run a command in the project's folder, its output also appended to `log`.
-
-    Ends this process with the command's exit status if it fails.
-    """
+    """Run a command, its output also appended to `log`; exit as it does if it fails."""
     environment = {**os.environ, **KEEP_MEMORY, **variables}
     with open(log, "a", encoding="utf-8") as copy:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE
-        )
+        settings = {"cwd": ROOT, "env": environment, "text": True}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, **settings)
         for line in process.stdout:
             for file in (sys.stdout, copy):
                 print(line, end="", flush=True, file=file)
@@ -176,13 +170,11 @@ def by_generate(model, requests, eos, rows, longest, temperature):
     for i in range(0, len(requests), rows):
         batch = requests[i:i + rows]
         width = max(len(r.prefix) for r in batch)
-        ids = torch.full((len(batch), width), end)  # left-padded
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, r in enumerate(batch):
-            ids[row, width - len(r.prefix):] = torch.tensor(r.prefix)
-            mask[row, width - len(r.prefix):] = 1
+        gaps = [width - len(r.prefix) for r in batch]
+        ids = torch.tensor([[end] * gap + r.prefix for gap, r in zip(gaps, batch)])  # left-padded
+        mask = torch.arange(width) >= torch.tensor(gaps)[:, None]
         output = model.generate(
-            ids, attention_mask=mask, max_new_tokens=longest, eos_token_id=sorted(eos),
+            ids, attention_mask=mask.long(), max_new_tokens=longest, eos_token_id=sorted(eos),
             pad_token_id=end, **sampling,
         )
         for r, written in zip(batch, output[:, width:].tolist()):

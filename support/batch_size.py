@@ -1,11 +1,12 @@
 """`--batch-size auto`: how many rows of a model fit into a GPU."""
 import functools
+from pathlib import Path
 
 from support.files import read_json
 from support.gpus import visible_gpus
 from support.hub import load_config
 from support.record import device_kind
-from support.stages import sidecar
+from support.stages import sidecar, what_is_made
 
 ON_CPU = 16  # rows, where more gain nothing
 FEWEST, STEP, MOST = 8, 8, 256
@@ -53,9 +54,11 @@ def with_batch_size(flags):
 
 def _as_before(out, rows):
     """The rows that an output was begun with, if they still fit: a restart gives the same bits."""
-    config = sidecar(out, "config") if out else None
-    if not config or not config.exists():
-        return rows
+    if not out or not what_is_made(Path(out)):
+        return rows  # the settings beside it, if any, may be those of a start that failed
+    config = sidecar(out, "config")
+    if not config.exists():
+        return rows  # which `open_stage` refuses
     before = read_json(config, "flags")["flags"].get("batch_size", rows)
     return min(before, rows)
 

@@ -131,7 +131,7 @@ def funnel_line(funnel):
 def _note_settings(out, record, accept_code_change):
     """Write the config of `out`; raises InputError where `out` was made with another one."""
     config_path = sidecar(out, "config")
-    made = _what_is_made(out)
+    made = what_is_made(out)
     if not made:
         sidecar(out, "funnel").unlink(missing_ok=True)
     if not config_path.exists():
@@ -194,7 +194,7 @@ def _write_config(out, record):
     write_json(sidecar(out, "config"), {**record, **more})
 
 
-def _what_is_made(out):
+def what_is_made(out):
     """The path of the output as far as it is made, or of its folders; None before there is any."""
     if out.is_dir():
         return out if any(out.iterdir()) else None

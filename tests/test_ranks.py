@@ -240,8 +240,11 @@ def test_auto_is_recorded_as_a_number_and_another_gpu_is_told_which(tmp_path, mo
         rows = batch_size.with_batch_size(flags | more)["batch_size"]
         assert rows == (16 if "server" in more and more["server"] else 256)
     program = ROOT / "intervene.py"
-    # What was begun with fewer rows goes on with these, although more would fit by now.
+    # A start that failed at once binds nobody. What was begun with fewer rows goes on with these,
+    # although more would fit by now.
     open_stage(program, tmp_path / "begun.jsonl", {"batch_size": 64}, [])
+    assert batch_size.with_batch_size(flags | {"device": "cuda"})["batch_size"] == 256
+    (tmp_path / "begun.jsonl").write_text('{"id": "a"}\n')
     assert batch_size.with_batch_size(flags | {"device": "cuda"})["batch_size"] == 64
     then, now = ({"batch_size": rows, "temperature": 0.6} for rows in (64, 32))
     out = tmp_path / "rollouts.jsonl"
