@@ -220,7 +220,6 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.txt"
     dtype = f"--dtype {fastest_training_dtype()}"
-
     convert(out / "smollm2")
     teach = [sys.executable, "toy/make.py", "--base", f"{out}/smollm2", "--out", f"{out}/base"]
     call([*teach, "--examples", args.examples, "--train-args", dtype], log)

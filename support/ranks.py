@@ -83,7 +83,7 @@ def in_order(items, function, hand, meanwhile=None):
 def add(name, n=0):
     """Add to a total of all ranks; returns it.
 
-    >>> add("tokens", 5), add("tokens", 2), add("tokens")
+    >>> add("in this example", 5), add("in this example", 2), add("in this example")
     (5, 7, 7)
     """
     if world() > 1:
