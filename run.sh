@@ -303,7 +303,7 @@ case $command in
         stage "DPO on whole trajectories" "${train[@]}" --model "$MODEL" \
             --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" --out "$RUN/dpo"
         sample_from "$MODEL" "$SERVER"
-        stage "analysis" "${start[@]}" -m studies.figures --run "$RUN" "${sampler[@]}" \
+        stage "analysis" "${start[@]}" -m studies.figures --run-folder "$RUN" "${sampler[@]}" \
             "${judging[@]}" --continuations "$CONTINUATIONS" --kl "IPO, stage 1=$RUN/stage1" \
             "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
         exec "$PYTHON" "${runner[@]}" --run "$RUN" "${stages[@]}" ;;

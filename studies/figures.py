@@ -512,7 +512,8 @@ def build_parser():
         description="Measure the safety dynamics of a finished run and show them in its report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--run", required=True, help="folder of a finished run.sh")
+    # Under torchrun only the longer name works: it takes `--run` for one of its own.
+    parser.add_argument("--run", "--run-folder", required=True, help="folder of a finished run.sh")
     parser.add_argument("--evals", nargs="+", metavar="NAME=FOLDER",
                         help="models of the report (default: base, stage1, stage2 in RUN/eval)")
     parser.add_argument("--out", help="the HTML file to write (default: RUN/report.html)")

@@ -1,6 +1,7 @@
 """The stages of run.sh in one process and in separate ones."""
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -133,3 +134,17 @@ def test_run_sh_lists_its_stages_and_explains_every_variable_it_reads():
     explained = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", usage))
     assert read - internal <= explained, read - internal - explained
     assert subprocess.run(["bash", "run.sh", "nosuch"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_torchrun_takes_none_of_our_flags_for_its_own():
+    from torch.distributed.run import get_args_parser
+    environment = {"PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin", "NPROC": "2", "SETS": "jbb"}
+    listed = subprocess.run(["bash", "run.sh", "stages"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    commands = [shlex.split(line) for line in listed.stdout.splitlines()[1::2]]
+    started = [words[3:] for words in commands if "torch.distributed.run" in words]
+    assert len(started) == 10  # eight that sample and two that train
+    figures = "--standalone --nproc-per-node 2 -m studies.figures --run-folder x --model m".split()
+    for words in (*started, figures):
+        taken = get_args_parser().parse_args(words)  # exits where one is ambiguous
+        own = words[words.index(taken.training_script) + 1:]
+        assert taken.training_script_args == own
