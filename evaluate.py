@@ -425,17 +425,22 @@ def metric_rows(evaluations):
     """
     models = [evaluation["sets"] for evaluation in evaluations.values()]
     # Models may have been run on different sets: the table has every row that any of them has.
-    keys = {}  # used as an ordered set
+    metrics_of = {}  # name of a set -> its metrics, used as an ordered set
     for sets in models:
         for name, entry in sets.items():
+            metrics = metrics_of.setdefault(name, {})
             for metric, result in entry.items():
                 if isinstance(result, dict):
-                    keys[name, metric] = None
+                    metrics[metric] = None
     rows = []
-    for name, metric in keys:
-        label = f"{name}: {ROW_LABELS.get(metric, metric)}"
-        results = [sets.get(name, {}).get(metric) for sets in models]
-        rows.append((label, results))
+    for name, metrics in metrics_of.items():
+        for metric in metrics:
+            label = f"{name}: {ROW_LABELS.get(metric, metric)}"
+            results = []
+            for sets in models:
+                # An empty result where the set was run, but had no case of this kind.
+                results.append(sets[name].get(metric, {}) if name in sets else None)
+            rows.append((label, results))
     return rows
 
 
@@ -446,8 +451,10 @@ def format_metric(result):
     >>> format_metric({**estimate, "n_unjudged": 0, "n_truncated": 1})
     '50.0% [10.0, 90.0] n=4, 1 truncated'
     """
-    if not result:
+    if result is None:
         return "not run"
+    if not result:
+        return "none"
     if "value" not in result:
         return ", ".join(f"{count} {name}" for name, count in result.items())
     if result["value"] is None:

@@ -82,6 +82,9 @@ QUICK                                                  1: one seed, three rates,
                                                        one epoch of GRPO
 BASELINES           runs/baselines                     baselines: where they are written
 
+Keys are read from the environment and written nowhere: JUDGE_API_KEY (or OPENAI_API_KEY), CUE_JUDGE_API_KEY,
+EVAL_JUDGE_API_KEY, SERVER_API_KEY. IPO_DATA is the folder of published sets (data-sets).
+
 Full size, the same code path (docs/full-size.md), without any API:
 
   MODEL=deepseek-ai/DeepSeek-R1-Distill-Llama-8B PROMPTS=data-sets/star1.jsonl \
@@ -94,8 +97,12 @@ command=${1:-all}
 case $command in
     all|check|plan|stages|test|figures|baselines) ;;
     -h|--help|help) usage; exit ;;
-    *) usage >&2; exit 2 ;;
+    *) usage >&2; echo "error: $command: no such command" >&2; exit 2 ;;
 esac
+if [ $# -gt 1 ] && [ "$command" != test ] && [ "$*" != "plan --measure" ]; then
+    echo "error: ${*:2}: $command takes no such word" >&2
+    exit 2
+fi
 
 # ------------------------------------------------------------------------------------ settings
 MODEL=${MODEL:-toy/model}
@@ -290,7 +297,11 @@ case $command in
             "$PYTHON" "${runner[@]}" --run "$RUN" --measure "${stages[@]}"
         fi
         exec "$PYTHON" "${runner[@]}" --run "$RUN" --plan "${stages[@]}" ;;
-    stages) printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
+    stages)
+        if [ -n "$ENGINE$served" ]; then
+            echo "{engine}, {judge}: the URL of a server that holds the stage's model, or its judge" >&2
+        fi
+        printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
     test) exec "$PYTHON" -m pytest -q "${@:2}" ;;
     figures)
         if [ ! -f "$RUN/report.html" ]; then

@@ -207,6 +207,9 @@ def _by_server(stage, world, parts):
             hardware = hardware_named("H100")
             memory = hardware.memory
             world.note("The servers of --server are taken for an H100 each; --gpu says otherwise.")
+    if 2 * shape.parameters > share * memory:
+        world.note(f"{stage.flags.model}: its weights do NOT fit a server's "
+                   f"{share * memory / 1e9:.0f} GB, so its times mean nothing.")
     speed = engine_speed(shape, hardware)
 
     def slots_for(part):

@@ -100,6 +100,16 @@ def dominating(planned, most=3):
     return lines
 
 
+def idle_gpus(machine, stages):
+    """A line where training leaves GPUs unused that sampling has."""
+    for stage in stages:
+        _, each = processes_of(stage.command, machine.gpus)
+        if stage.trains and each < machine.gpus:
+            return [f"training uses {each} of {gpus_as_text(machine.gpus)}; NPROC={machine.gpus} "
+                    "would use all."]
+    return []
+
+
 def doubts(planned, machine, stages):
     """Lines about what will not fit, or is not known."""
     lines = []
@@ -109,6 +119,7 @@ def doubts(planned, machine, stages):
             if one.cost.memory > limit:
                 lines.append(f"{one.title}: does NOT fit: {one.cost.memory / 1e9:.0f} GB of "
                              f"{machine.memory / 1e9:.0f} on each GPU.")
+    lines += idle_gpus(machine, stages)
     for stage in stages:
         nodes, each = processes_of(stage.command, machine.gpus)
         if machine.gpus and each > machine.gpus:

@@ -164,7 +164,8 @@ def tokens_of_set(one, profile, trained):
     mean = profile.tokens.get(one.name)
     if mean is None:
         kind = "harmful" if one.kind == "strongreject" else one.kind
-        mean = profile.tokens[kind]
+        # The toy world has no such thing as MATH: then as a reasoning model would answer.
+        mean = profile.tokens.get(kind, assumed.REASONING_MODEL.tokens[kind])
         if kind == "harmful" and trained:
             mean *= profile.trained_tokens
     return mean
