@@ -483,8 +483,6 @@ def train(pair_files, *, model, reference, beta, sft_weight, score_from, out, fl
 
     tokenizer = load_tokenizer(model)  # to be saved with the model
     pairs, dropped = load_pairs(pair_files, max_length)
-    if not pairs and rank == 0:
-        print(f"note: no pairs, so {out} will hold the very weights of {model}")
     sequences_of = functools.partial(pair_sequences, score_from=score_from)
     parts = token_parts(map(sequences_of, pairs), share=True)
     # By trees also for padded rows, so that both ways learn the same batches in the same order.
