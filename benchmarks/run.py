@@ -225,21 +225,25 @@ def published_sets(names, data_dir=None):
 
     Raises InputError for an unknown name, and with the remedy for a set that was not fetched.
     """
-    known = [name for name, published in SETS.items() if published.kind in BENCHMARK_KINDS]
     sets = []
     for name in names:
-        candidates = [name]
-        if name not in known:
-            candidates = [other for other in known if other.startswith(f"{name}-")]
-        if len(candidates) != 1:
-            raise InputError(
-                f"--sets {name}: there are {', '.join(known)}. "
-                "A file of yours: --set NAME=KIND:FILE."
-            )
-        full_name = candidates[0]
+        full_name = published_name(name)
         path = find_prompts(full_name, data_dir)
         sets.append((full_name, SETS[full_name].kind, str(path)))
     return sets
+
+
+def published_name(name):
+    """The full name of a published set; raises InputError for an unknown one."""
+    known = [other for other, published in SETS.items() if published.kind in BENCHMARK_KINDS]
+    candidates = [name]
+    if name not in known:
+        candidates = [other for other in known if other.startswith(f"{name}-")]
+    if len(candidates) != 1:
+        raise InputError(
+            f"--sets {name}: there are {', '.join(known)}. A file of yours: --set NAME=KIND:FILE."
+        )
+    return candidates[0]
 
 
 def check_names(sets):

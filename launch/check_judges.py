@@ -5,7 +5,7 @@ from typing import NamedTuple
 from benchmarks.run import BENCHMARK_KINDS, check_judge
 from benchmarks.sets import SETS
 from evaluate import EVAL_KEYS, KINDS
-from intervene import CUE_KEYS, JUDGE_KEYS, make_judge
+from intervene import ASKS, CUE_KEYS, JUDGE_KEYS, make_judge
 from launch.check_models import check_model
 from launch.probe import HURRY, try_judge
 from launch.stages import EVALUATION, JUDGE
@@ -15,11 +15,6 @@ from support.http import without_password
 from support.hub import model_folder
 
 NOWHERE = "http://127.0.0.1/v1"  # for a judge that is made to see what it can answer, not asked
-QUESTIONS = {
-    "intervene.py judge": ("reasoning", "response", "cue"),
-    "intervene.py pairs": ("reasoning", "response", "cue"),
-    "intervene.py benign": ("compliance", "cue"),
-}
 
 
 class JudgeFlags(NamedTuple):
@@ -102,7 +97,7 @@ def judges_of(stage):
 def _questions(stage, sets):
     """What a stage asks its judge."""
     if stage.program not in EVALUATION:
-        return QUESTIONS.get(stage.program, ("reasoning",))
+        return ASKS.get(getattr(stage.flags, "command", None), ("reasoning",))
     kinds = BENCHMARK_KINDS if stage.program == "benchmarks.run" else KINDS
     questions = {}  # used as an ordered set
     for name, kind, _ in sets:

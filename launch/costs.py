@@ -23,7 +23,7 @@ from launch.stages import (
     JUDGE_BESIDE_ENGINE,
     processes_of,
 )
-from support.batch_size import ON_CPU, PROMPT, rows_that_fit
+from support.batch_size import ON_CPU, longest_row, rows_that_fit
 from support.engine import split_gpus
 from support.errors import InputError
 from support.gpus import visible_gpus
@@ -175,11 +175,8 @@ def slots_of(flags, shape, machine, beside=0):
 
 
 def span_of(flags, shape):
-    """The most tokens of a row that is sampled with some flags, as `--batch-size auto` sees it."""
-    span = flags.max_new_tokens + PROMPT
-    if hasattr(flags, "traces"):  # they are continued
-        span += flags.max_new_tokens
-    return min(span, shape.context)
+    """The most tokens of a row that is sampled with some flags, within the model's context."""
+    return min(longest_row(vars(flags)), shape.context)
 
 
 def rows_of(part):

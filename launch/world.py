@@ -2,7 +2,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.run import BENCHMARK_KINDS, samples_of_sets
+from benchmarks.run import BENCHMARK_KINDS, published_name, samples_of_sets
 from benchmarks.sets import SETS, records_file
 from data import load_prompts
 from evaluate import parse_sets
@@ -149,14 +149,6 @@ def sets_of(flags, world):
         count, tokens = prompts_in(path, flags.limit, world, name)
         sets.append(Evaluated(name, kind, count, tokens, samples[name]))
     return sets
-
-
-def published_name(name):
-    """The full name of a published set: "gpqa" is enough for gpqa-diamond."""
-    for known in SETS:
-        if known == name or (name not in SETS and known.startswith(f"{name}-")):
-            return known
-    raise InputError(f"--sets {name}: no such published set; there are {', '.join(SETS)}.")
 
 
 def tokens_of_set(one, profile, trained):

@@ -45,11 +45,16 @@ def with_batch_size(flags):
             if spec.startswith(LOCAL):
                 judges.add(spec.removeprefix(LOCAL))
         itemsize = 4 if flags["dtype"] == "float32" else 2
-        span = flags["max_new_tokens"] + PROMPT
-        if "traces" in flags:  # a trace is continued, which may be as long already
-            span += flags["max_new_tokens"]
-        rows = _rows_on_gpu(flags["model"], tuple(sorted(judges)), itemsize, span)
+        rows = _rows_on_gpu(flags["model"], tuple(sorted(judges)), itemsize, longest_row(flags))
     return {**flags, "batch_size": _as_before(flags["out"], rows)}
+
+
+def longest_row(flags):
+    """The most tokens of a row that is sampled with some flags, a dict."""
+    span = flags["max_new_tokens"] + PROMPT
+    if "traces" in flags:  # a trace is continued, which may be as long already
+        span += flags["max_new_tokens"]
+    return span
 
 
 def _as_before(out, rows):
