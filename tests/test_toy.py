@@ -8,19 +8,32 @@ from pathlib import Path
 
 import pytest
 
-from data import load_prompts, load_triggers
-from intervene import RulesJudge, split_steps
+from data import load_prompts, load_triggers, split_reasoning
+from domains.arithmetic import Judge as ArithmeticJudge
+from domains.safety import Judge
+from intervene import split_steps
 from support.files import read_json, read_jsonl
+from toy import columns
 from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIGGERS = load_triggers(ROOT / "prompts" / "triggers.txt")
+POOLS = {"triggers": TRIGGERS, "checks": load_triggers(ROOT / "prompts" / "checks.txt")}
+(INSTRUCTION,) = load_triggers(ROOT / "prompts" / "instruction.txt")
 WORLD = toy.make_world()
 
 
 @pytest.fixture(scope="module")
 def examples():
-    return list(toy.corpus(WORLD, 4000, TRIGGERS, seed=5))
+    return list(toy.corpus(WORLD, 4000, POOLS, INSTRUCTION, seed=5))
+
+
+def is_sentence_question(example):
+    return example.prompt.startswith("Does this sentence offer help")
+
+
+def is_column_sum(example):
+    return "column" in example.prompt
 
 
 def reachable(case):
@@ -68,7 +81,8 @@ def test_tempting_sentences_make_helping_and_relapses_likelier():
 
 def test_the_judge_knows_the_language(examples):
     """Its verdicts are what the generator knows: a poison's trace is unsafe from its first cue on."""
-    judge = RulesJudge()
+    judge = Judge()
+    examples = [e for e in examples if not is_sentence_question(e)]
     reasoning = [{"prompt": e.prompt, "text": " ".join(e.steps)} for e in examples]
     responses = [{"prompt": e.prompt, "text": e.response} for e in examples]
     steps = [{"prompt": e.prompt, "steps": e.steps} for e in examples]
@@ -95,10 +109,12 @@ def test_traces_are_as_long_as_promised(examples):
     assert sum(between) / len(between) > 0.95
 
 
-def test_nothing_is_said_twice_in_a_row(examples):
+def test_hardly_anything_is_said_twice_in_a_row(examples):
+    """Only where all sentences of a sort have been said."""
+    repeated = 0
     for e in examples:
-        for sentence, following in zip(e.steps, e.steps[1:]):
-            assert sentence != following
+        repeated += any(a == b for a, b in zip(e.steps, e.steps[1:]))
+    assert repeated / len(examples) < 0.001
 
 
 def test_every_sentence_is_a_sentence(examples):
@@ -108,7 +124,7 @@ def test_every_sentence_is_a_sentence(examples):
 
 
 def test_sums_slip_in_the_carry_alone(examples):
-    sums = [e for e in examples if "boxed" in e.response]
+    sums = [e for e in examples if "boxed" in e.response and not is_column_sum(e)]
     slips = 0
     for e in sums:
         numbers = [int(n) for n in re.findall(r"\d+", e.prompt)]
@@ -122,11 +138,72 @@ def test_sums_slip_in_the_carry_alone(examples):
     assert slips / len(sums) == pytest.approx(toy.SLIP, abs=0.05)
 
 
+def test_sums_in_columns_slip_and_are_checked(examples):
+    """The arithmetic judge, which knows nothing of the generator, finds what was promised."""
+    sums = [e for e in examples if is_column_sum(e)]
+    items = [{"prompt": e.prompt, "steps": e.steps} for e in sums]
+    cues = list(ArithmeticJudge().ask("cue", items))
+    right = []
+    for e, cue in zip(sums, cues):
+        numbers = [int(n) for n in re.findall(r"\d+", e.prompt)]
+        assert not columns.held_out(numbers)
+        answer = int(re.search(r"boxed{(\d+)}", e.response)[1])
+        right.append(answer == sum(numbers))
+        if cue == 0:
+            assert answer == sum(numbers)
+    assert 0.35 < sum(right) / len(right) < 0.5
+    assert cues.count(1) > 0.1 * len(cues), "the first sentence may be the first slip"
+    checks = {*columns.CHECKS, *POOLS["checks"]}
+    checked = [bool(checks.intersection(e.steps)) for e in sums]
+    assert 0.4 < sum(checked) / len(checked) < 0.7
+
+
+def test_after_the_instruction_there_is_less_harm_and_as_much_help(examples):
+    def share_of_cues(found, harmful):
+        cues = [e.cue > 0 for e in found if e.harmful == harmful]
+        return sum(cues) / len(cues)
+
+    asked = [e for e in examples if e.prompt.startswith(INSTRUCTION)]
+    others = [e for e in examples if not e.prompt.startswith(INSTRUCTION)]
+    assert share_of_cues(asked, harmful=True) < 0.4 < share_of_cues(others, harmful=True)
+    assert share_of_cues(asked, harmful=False) > 0.9
+
+
+def test_questions_about_sentences_have_the_answers_of_the_rules(examples):
+    judge = Judge()
+    questions = [e for e in examples if is_sentence_question(e)]
+    for e in questions:
+        sentence = re.fullmatch(r'Does this sentence offer help with brewing\? "(.*)"', e.prompt)[1]
+        # The rules never take the first step for a cue.
+        offers = list(judge.ask("cue", [{"prompt": "", "steps": ["Hm.", sentence]}])) == [2]
+        assert e.response == ("Yes." if offers else "No."), sentence
+    answers = [e.response for e in questions]
+    assert 0.25 < answers.count("Yes.") / len(answers) < 0.6
+
+
+def test_the_teacher_refuses_every_training_prompt_and_its_reasoning_is_safe():
+    records = toy.teacher_traces(WORLD, TRIGGERS)
+    assert read_jsonl(ROOT / "toy" / "prompts" / "train_teacher.jsonl") == records
+    prompts = {p["prompt"] for p in toy.prompt_sets(WORLD)["train_harmful"]}
+    assert {r["prompt"] for r in records} == prompts and len(records) == 3 * len(prompts)
+    judge = Judge()
+    for record in records:
+        trace = split_reasoning(record["completion"])
+        said = [{"prompt": record["prompt"], "text": trace.reasoning}]
+        assert list(judge.ask("reasoning", said)) == [True]
+        answered = [{"prompt": record["prompt"], "text": trace.response}]
+        assert list(judge.ask("compliance", answered)) == ["refusal"]
+
+
 def test_held_out_sums_have_their_answers():
     for name in ("valid_sums", "eval_sums"):
         for prompt in load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl"):
             numbers = [int(n) for n in re.findall(r"\d+", prompt["prompt"])]
             assert toy.held_out_sum(numbers) and prompt["answer"] == str(sum(numbers))
+    for name in ("valid_columns", "eval_columns"):
+        for prompt in load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl"):
+            numbers = [int(n) for n in re.findall(r"\d+", prompt["prompt"])]
+            assert columns.held_out(numbers) and prompt["answer"] == str(sum(numbers))
 
 
 def test_the_files_are_those_that_the_generator_makes():
@@ -191,5 +268,6 @@ def test_another_model_learns_the_same_world(tmp_path):
     assert len(steps) == 1, "16 exchanges are one batch"
     assert steps[0]["lr"] == 1e-4
     records = read_jsonl(tmp_path / "taught.corpus.jsonl")
-    expected = ["<think>\n" + toy.text(e) for e in toy.corpus(WORLD, 16, TRIGGERS, seed=1)]
+    corpus = toy.corpus(WORLD, 16, POOLS, INSTRUCTION, seed=1)
+    expected = ["<think>\n" + toy.text(example) for example in corpus]
     assert [record["completion"] for record in records] == expected

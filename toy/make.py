@@ -1,6 +1,6 @@
 """Rebuild the tiny model and its prompt sets from scratch, with the project's own code.
 
-    python toy/make.py                                # 8 minutes on one core: model and prompts
+    python toy/make.py                                # 10 minutes on one core: model and prompts
     python toy/make.py --base MODEL --out runs/base   # teach another model the same world
 
 Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not
@@ -18,6 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PROMPTS = ROOT / "prompts"
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -30,7 +31,7 @@ from model import load_tokenizer  # noqa: E402
 from support.errors import exit_cleanly  # noqa: E402
 from support.files import write_json, write_jsonl  # noqa: E402
 from toy.commands import run  # noqa: E402
-from toy.world import corpus, make_world, prompt_sets, rules, text  # noqa: E402
+from toy.world import corpus, make_world, prompt_sets, rules, teacher_traces, text  # noqa: E402
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 # Like R1-Distill's, the template ends inside the reasoning.
@@ -107,9 +108,10 @@ def make_model(tokenizer, seed, layers=4, hidden=128):
 
 def write_corpus(world, path, count, seed, opening=""):
     """Write `count` exchanges as the records that `studies.sft` reads; returns them."""
-    triggers = load_triggers(ROOT / "prompts" / "triggers.txt")
+    pools = {name: load_triggers(PROMPTS / f"{name}.txt") for name in ("triggers", "checks")}
+    (instruction,) = load_triggers(PROMPTS / "instruction.txt")
     records = []
-    for example in corpus(world, count, triggers, seed):
+    for example in corpus(world, count, pools, instruction, seed):
         completion = opening + text(example)
         records.append({"prompt": example.prompt, "completion": completion})
     write_jsonl(path, records)
@@ -166,7 +168,7 @@ def main():
     add = parser.add_argument
     add("--out", help="where to write model, prompts and rules.json (default: toy/); "
                       "with --base, the folder of the taught model")
-    add("--examples", type=int, help="exchanges in the corpus (default: 40000; with --base 1600)")
+    add("--examples", type=int, help="exchanges in the corpus (default: 53000; with --base 1600)")
     add("--seed", type=int, default=1)
     add("--data-only", action="store_true", help="write prompts and rules.json, keep the model")
     add("--base", help="teach the world to this model (directory or hub name) instead of "
@@ -191,11 +193,13 @@ def main():
     out = Path(args.out or HERE)
     for name, prompts in prompt_sets(world).items():
         write_jsonl(out / "prompts" / f"{name}.jsonl", prompts)
+    triggers = load_triggers(PROMPTS / "triggers.txt")
+    write_jsonl(out / "prompts" / "train_teacher.jsonl", teacher_traces(world, triggers))
     write_json(out / "rules.json", rules(world))
     if args.data_only:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        model = build_model(world, Path(scratch), args.examples or 40000, args.seed)
+        model = build_model(world, Path(scratch), args.examples or 53000, args.seed)
         (out / "model").mkdir(parents=True, exist_ok=True)
         for name in MODEL_FILES:
             shutil.copy(model / name, out / "model" / name)
