@@ -36,8 +36,9 @@ from support.errors import InputError, exit_cleanly
 from support.files import read_json, write_json, write_jsonl
 from support.judges import require_questions
 from support.model_card import fill_cards
+from support.plugins import load_domain
 from support.ranks import with_hands
-from support.report import write_report
+from support.report import reworded, write_report
 from support.run_folder import read_run
 from support.stages import add_stage_flags, check_output, run_stage
 from support.statistics import mean_estimate
@@ -416,8 +417,10 @@ def read_evaluations(specs):
     return folders, evaluations
 
 
-def metric_rows(evaluations):
+def metric_rows(evaluations, words=None):
     """Rows of the before/after table: [(label, [metric or counts of each model, None if not run])].
+
+    words: those of a domain, see `reworded`.
 
     >>> sets = {"sums": {"kind": "task", "samples": 1, "accuracy": {"value": 1.0}}}
     >>> metric_rows({"base": {"sets": sets}})
@@ -435,7 +438,7 @@ def metric_rows(evaluations):
     rows = []
     for name, metrics in metrics_of.items():
         for metric in metrics:
-            label = f"{name}: {ROW_LABELS.get(metric, metric)}"
+            label = f"{name}: {reworded(ROW_LABELS.get(metric, metric), words)}"
             results = []
             for sets in models:
                 # An empty result where the set was run, but had no case of this kind.
@@ -481,9 +484,13 @@ def format_missing(result):
     return text
 
 
-def format_rows(rows):
-    """Rows of `metric_rows` as rows of text."""
-    return [(label, *map(format_metric, results)) for label, results in rows]
+def format_rows(rows, words=None):
+    """Rows of `metric_rows` as rows of text; words: those of a domain, see `reworded`."""
+    formatted = []
+    for label, results in rows:
+        cells = [reworded(format_metric(result), words) for result in results]
+        formatted.append((label, *cells))
+    return formatted
 
 
 def in_columns(lines):
@@ -516,20 +523,21 @@ def pair_card(pair):
     }
 
 
-def make_report(run, specs, out, examples=6):
+def make_report(run, specs, out, examples=6, domain="safety"):
     """Print the before/after table and write the report, one HTML file that needs nothing else.
 
     run: folder of a run; specs: its evaluations, see `read_evaluations`; examples: how many cards
-    of each sort to show.
+    of each sort to show; domain: whose words it speaks.
     """
+    own = load_domain(domain)
     folders, evaluations = read_evaluations(specs)
-    rows = format_rows(metric_rows(evaluations))
+    rows = format_rows(metric_rows(evaluations, own.WORDS), own.WORDS)
     # Sets of any kind whose reasoning was judged have coloured traces to show.
     first, *_ = evaluations.values()
     judged_sets = [name for name, entry in first["sets"].items() if "reasoning" in entry]
     facts = read_run(Path(run), folders, judged_sets, examples)
     facts["pairs"] = list(map(pair_card, facts["pairs"]))
-    write_report(out, evaluations, rows, facts)
+    write_report(out, evaluations, rows, facts, own.WORDS, own.GLOSSARY)
     fill_cards(folders, rows)
     print(in_columns([("", *evaluations), *rows]))
     print(f"report: {out}")
@@ -604,6 +612,7 @@ def build_parser():
                    help="models in order, the first is the base")
     p.add_argument("--out", required=True, help="the HTML file to write")
     p.add_argument("--examples", type=int, default=6, help="cards of each kind (default: 6)")
+    p.add_argument("--domain", default="safety", help="of domains/, whose words to use")
     return parser
 
 
@@ -614,7 +623,7 @@ def main(argv=None):
         argv.insert(0, "run")
     args = build_parser().parse_args(argv)
     if args.command == "report":
-        make_report(args.run, args.evals, args.out, args.examples)
+        make_report(args.run, args.evals, args.out, args.examples, args.domain)
         return
     out = args.out or f"runs/eval/{Path(args.model).name}"
     # All that could stop the run later is looked at before anything is sampled.

@@ -16,6 +16,7 @@ so the result depends neither on the number of ranks nor on the size of the micr
 import argparse
 import contextlib
 import functools
+import inspect
 import math
 import os
 import shutil
@@ -42,6 +43,7 @@ from support.files import (json_line, parse_jsonl, read_json, read_text, write_j
 from support.flags import add_size_flags, add_training_flags, refuse_below
 from support.model_card import write_card
 from support.model_check import blocks_of, check_policy, guard_length
+from support.plugins import load_object
 from support.progress import ProgressLines, progress_bar
 from support.record import fingerprint
 from support.stages import close_stage, funnel_line, open_stage, sidecar
@@ -467,15 +469,21 @@ def dtype_to_save(name, model):
     return getattr(torch, name)
 
 
-def train(pair_files, *, model, reference, beta, sft_weight, score_from, out, flags, device, dtype,
-          share, loading, batch_size, epochs, seed, max_length, micro_tokens, fitting, save_dtype):
+def train(pair_files, *, model, reference, loss, beta, sft_weight, score_from, out, flags, device,
+          dtype, share, loading, batch_size, epochs, seed, max_length, micro_tokens, fitting,
+          save_dtype):
     """The stage `train`: preference training (Eq. 4), from files of pairs to a saved model.
 
-    flags: recorded beside `out`. loading: more keywords of `load_policy`; fitting: of `fit`.
+    loss: MODULE:FUNCTION in place of `pair_losses`, or None. flags: recorded beside `out`. loading:
+    more keywords of `load_policy`; fitting: of `fit`.
     """
     device, rank, world = start_distributed(device)
     reference = reference or model
     inputs = [model, *pair_files]
+    losses = pair_losses
+    if loss:
+        losses = load_object(loss, "--loss")
+        inputs.append(inspect.getsourcefile(losses))  # edited, it is another loss
     if reference != model:
         inputs.append(reference)
     if open_training(__file__, out, flags, inputs, rank, world):
@@ -507,7 +515,7 @@ def train(pair_files, *, model, reference, beta, sft_weight, score_from, out, fl
         del policy  # never two models at once
         policy, autocast = load(model)
 
-    losses_of = functools.partial(pair_losses, device=device, beta=beta, sft_weight=sft_weight,
+    losses_of = functools.partial(losses, device=device, beta=beta, sft_weight=sft_weight,
                                   score_from=score_from)  # (policy, pairs) -> (losses, metrics)
     log = fit(policy, pairs, losses_of, parts, out=out, rank=rank, world=world, autocast=autocast,
               batches=batches, micro_tokens=micro_tokens, **fitting)
@@ -582,6 +590,8 @@ def build_parser():
         help="weight of L_sft")
     add("--score-from", choices=("h", "prompt"), default="h",
         help="first token scored: h as in the paper, or all of the trajectory (its ablation)")
+    add("--loss", metavar="MODULE:FUNCTION",
+        help="a loss of your own, of the form of `pair_losses`")
     add_training_flags(train_parser, lr=1e-6)
     return parser
 
@@ -589,8 +599,8 @@ def build_parser():
 def main(argv=None):
     """Run the stage from the command line."""
     args = build_parser().parse_args(argv)
-    train(args.pairs, reference=args.reference, beta=args.beta, sft_weight=args.sft_weight,
-          score_from=args.score_from, **training_settings(args))
+    train(args.pairs, reference=args.reference, loss=args.loss, beta=args.beta,
+          sft_weight=args.sft_weight, score_from=args.score_from, **training_settings(args))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,18 @@ usage: [VARIABLE=value ...] bash run.sh [command]
   stages      print the command of every stage, to run them one by one
   test        the tests (further words go to pytest)
   figures     after a run: the safety dynamics behind the method, into the same report
-  baselines   SFT, DPO, GRPO and IPO at five learning rates each, up to an hour
-              (QUICK=1: less of all, 12 minutes), into the same report
+  leaderboard every method of studies/methods at several learning rates, up to two hours
+              (QUICK=1: less of all, 15 minutes), into the same report
 
 variable            default                            what it is
 
+DOMAIN              safety                             what is learned: a file of domains/, which gives
+                                                       the defaults below that name files of toy/
+                                                       (arithmetic: sums in columns, into runs/arithmetic)
 MODEL               toy/model                          model directory or hub name
 PROMPTS             toy/prompts/train_harmful.jsonl    harmful prompts to learn from
-BENIGN              toy/prompts/train_benign.jsonl     benign prompts against over-refusal
+BENIGN              toy/prompts/train_benign.jsonl     benign prompts against over-refusal; empty:
+                                                       no stage 2
 EVAL                seven sets of the toy world        sets to evaluate on, NAME=KIND:FILE ...
                                                        (KIND: harmful, benign or task)
 SETS                                                   published sets, as in jbb,xstest,math500, which
@@ -41,8 +45,9 @@ TRAIN_ARGS          --checkpoint-activations           more flags for training (
 SEED                0                                  of every random choice
 
 JUDGE               rules                              rules (toy world), https://HOST/v1, serve:MODEL
-                                                       (started here) or local:PATH (in this process);
-                                                       chat or guard model: docs/judges.md
+                                                       (started here) or local:PATH (in this process),
+                                                       chat or guard model: docs/judges.md;
+                                                       python:MODULE, a class of your own
 JUDGE_MODEL                                            the endpoint's model
 CUE_JUDGE           JUDGE                              judge that finds the cues: URL or local:PATH
 CUE_JUDGE_MODEL                                        its model
@@ -73,14 +78,18 @@ ACCEPT_CODE_CHANGE                                     1: keep what was made bef
                                                        edited; the configs record it
 PYTHON              python3                            where it lacks a package, .venv is made and used
 CONTINUATIONS       32                                 figures: continuations of each prefix
-VALID               three sets of the toy world        baselines: sets to choose learning rates by,
+VALID               three sets of the toy world        leaderboard: sets to choose learning rates by,
                                                        NAME=KIND:FILE ... as in EVAL
-METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS              baselines: see python -m studies.baselines run --help
+METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS              leaderboard: see python -m studies.leaderboard --help
                                                        (LR, LR2, SEED, INTERVENTIONS, SERVER and
-                                                       EVAL_ARGS have no effect on these)
-QUICK                                                  1: one seed, three rates, 60 prompts a set and
-                                                       one epoch of GRPO
-BASELINES           runs/baselines                     baselines: where they are written
+                                                       EVAL_ARGS have no effect on it)
+AGAIN                                                  leaderboard: methods whose models are made again
+INSTRUCTION         prompts/instruction.txt            leaderboard: asks to think of safety first
+TEACHER             toy/prompts/train_teacher.jsonl    leaderboard: safe traces of another model
+QUICK                                                  1: one seed, two rates, 40 prompts a set
+LEADERBOARD         runs/leaderboard                   leaderboard: where it is written
+ALSO                                                   1: bash run.sh makes the leaderboard as well
+                                                       (default of DOMAIN=arithmetic)
 
 Keys are read from the environment and written nowhere: JUDGE_API_KEY (or OPENAI_API_KEY), CUE_JUDGE_API_KEY,
 EVAL_JUDGE_API_KEY, SERVER_API_KEY. IPO_DATA is the folder of published sets (data-sets).
@@ -95,7 +104,7 @@ HELP
 
 command=${1:-all}
 case $command in
-    all|check|plan|stages|test|figures|baselines) ;;
+    all|check|plan|stages|test|figures|leaderboard) ;;
     -h|--help|help) usage; exit ;;
     *) usage >&2; echo "error: $command: no such command" >&2; exit 2 ;;
 esac
@@ -104,19 +113,45 @@ if [ $# -gt 1 ] && [ "$command" != test ] && [ "$*" != "plan --measure" ]; then
     exit 2
 fi
 
-# ------------------------------------------------------------------------------------ settings
-MODEL=${MODEL:-toy/model}
-PROMPTS=${PROMPTS:-toy/prompts/train_harmful.jsonl}
-BENIGN=${BENIGN:-toy/prompts/train_benign.jsonl}
-SETS=${SETS:-}
-toy_sets=
-for name in direct=harmful jailbreak=harmful unseen=harmful everyday=benign remedies=benign \
-    antidotes=benign sums=task; do
-    toy_sets+=" $name:toy/prompts/eval_${name%=*}.jsonl"
+# ---------------------------------------- environment: the active one if it will do, else .venv
+satisfied() {
+    "$1" - <<'CHECK' 2>/dev/null
+import re, sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+listed = re.findall(r'^\s+"([^"]+)",', open("pyproject.toml").read(), re.M)
+for requirement in map(Requirement, listed):
+    if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+        sys.exit(1)
+CHECK
+}
+PYTHON=${PYTHON:-python3}
+environment=
+for candidate in "$PYTHON" .venv/bin/python; do
+    if satisfied "$candidate"; then environment=$candidate; break; fi
 done
-if [ -n "$SETS" ]; then toy_sets=; fi
-EVAL=${EVAL-$toy_sets}  # EVAL= is no set of files at all
-TRIGGERS=${TRIGGERS:-prompts/triggers.txt}
+if [ -z "$environment" ]; then
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "error: Python 3.10 or newer is needed" >&2
+        exit 2
+    fi
+    echo "installing into .venv (once)"
+    "$PYTHON" -m venv .venv
+    environment=.venv/bin/python
+    "$environment" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
+fi
+PYTHON=$environment
+export TOKENIZERS_PARALLELISM=false
+# Threads that spin while they wait are many times slower on a busy machine.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
+# ------------------------------------------------------------------------------------ settings
+DOMAIN=${DOMAIN:-safety}
+SETS=${SETS:-}
+if [ -n "$SETS" ]; then export EVAL=${EVAL-}; fi  # EVAL= is no set of files at all
+defaults=$("$PYTHON" -m domains "$DOMAIN") || exit 2
+eval "$defaults"  # of what is not given
+BENIGN=${BENIGN:-}
 if [ -z "${SAMPLES:-}" ]; then  # 1 where there is no such file, which the first check says
     SAMPLES=$(grep -cv '^[[:space:]]*\(#\|$\)' "$TRIGGERS" 2>/dev/null) || SAMPLES=1
 fi
@@ -125,12 +160,9 @@ LIMIT=${LIMIT:-0}
 EPOCHS=${EPOCHS:-1}
 LORA=${LORA:-0}
 SEED=${SEED:-0}
-RUN=${RUN:-runs/toy}
 CONTINUATIONS=${CONTINUATIONS:-32}
-PYTHON=${PYTHON:-python3}
 accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
-if [ "$MODEL" = toy/model ]; then  # a model of a million parameters learns at other rates
-    TOKENS=${TOKENS:-320} BATCH=${BATCH:-128} LR=${LR:-9e-5} TRAIN_ARGS=${TRAIN_ARGS:-}
+if [ "$MODEL" = toy/model ]; then
     separate=
 else
     TOKENS=${TOKENS:-8192} BATCH=${BATCH:-auto}
@@ -142,7 +174,6 @@ LR2=${LR2:-$LR}
 if [ "$LORA" != 0 ]; then TRAIN_ARGS+=" --lora-rank $LORA"; fi
 
 # ---------------------------------------------------------------------------- judges and machine
-JUDGE=${JUDGE:-rules}
 JUDGE_MODEL=${JUDGE_MODEL:-}
 JUDGE_ARGS=${JUDGE_ARGS:-}
 CUE_JUDGE=${CUE_JUDGE:-}
@@ -185,37 +216,6 @@ if [ -n "$served" ]; then
         EVAL_JUDGE={judge} EVAL_JUDGE_MODEL=$served EVAL_JUDGE_ARGS="$at_once $EVAL_JUDGE_ARGS"
     fi
 fi
-
-# ---------------------------------------- environment: the active one if it will do, else .venv
-satisfied() {
-    "$1" - <<'CHECK' 2>/dev/null
-import re, sys
-from importlib.metadata import version
-from packaging.requirements import Requirement
-listed = re.findall(r'^\s+"([^"]+)",', open("pyproject.toml").read(), re.M)
-for requirement in map(Requirement, listed):
-    if not requirement.specifier.contains(version(requirement.name), prereleases=True):
-        sys.exit(1)
-CHECK
-}
-environment=
-for candidate in "$PYTHON" .venv/bin/python; do
-    if satisfied "$candidate"; then environment=$candidate; break; fi
-done
-if [ -z "$environment" ]; then
-    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: Python 3.10 or newer is needed" >&2
-        exit 2
-    fi
-    echo "installing into .venv (once)"
-    "$PYTHON" -m venv .venv
-    environment=.venv/bin/python
-    "$environment" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
-fi
-PYTHON=$environment
-export TOKENIZERS_PARALLELISM=false
-# Threads that spin while they wait are many times slower on a busy machine.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 # ---------------------------------------------------------------------------------- the stages
 launch=("$PYTHON")  # what starts a program on all GPUs
@@ -267,26 +267,74 @@ stage "verdicts and compliance cues" "${judge_start[@]}" intervene.py judge "${j
 stage "interventions" "${start[@]}" intervene.py pairs "${sampler[@]}" "${judging[@]}" \
     --triggers "$TRIGGERS" --max-interventions "$INTERVENTIONS" --traces "$RUN/rollouts.jsonl" \
     --steps "$RUN/steps.jsonl" --verdicts "$RUN/verdicts.jsonl" --out "$RUN/pairs.jsonl"
-stage "benign rollouts of the base model" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
-    --samples 1 --prompts "$BENIGN" --limit "$LIMIT" --out "$RUN/benign_base.jsonl"
+if [ -n "$BENIGN" ]; then
+    stage "benign rollouts of the base model" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
+        --samples 1 --prompts "$BENIGN" --limit "$LIMIT" --out "$RUN/benign_base.jsonl"
+fi
 evaluation "$MODEL" base
 
-stage "training, stage 1 (safety)" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" \
+stage "training, stage 1 ($DOMAIN)" "${train[@]}" --model "$MODEL" --pairs "$RUN/pairs.jsonl" \
     --lr "$LR" --out "$RUN/stage1"
 sample_from "$RUN/stage1"
-stage "benign rollouts of stage 1" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
-    --samples 1 --prompts "$BENIGN" --limit "$LIMIT" --out "$RUN/benign_stage1.jsonl"
-stage "benign pairs" "${start[@]}" intervene.py benign "${sampler[@]}" "${judging[@]}" \
-    --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" \
-    --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
+if [ -n "$BENIGN" ]; then
+    stage "benign rollouts of stage 1" "${start[@]}" intervene.py rollouts "${sampler[@]}" \
+        --samples 1 --prompts "$BENIGN" --limit "$LIMIT" --out "$RUN/benign_stage1.jsonl"
+    stage "benign pairs" "${start[@]}" intervene.py benign "${sampler[@]}" "${judging[@]}" \
+        --triggers "$TRIGGERS" --base "$RUN/benign_base.jsonl" \
+        --traces "$RUN/benign_stage1.jsonl" --out "$RUN/benign_pairs.jsonl"
+fi
 evaluation "$RUN/stage1" stage1
 
-stage "training, stage 2 (against over-refusal)" "${train[@]}" --model "$RUN/stage1" \
-    --reference "$MODEL" --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --lr "$LR2" \
-    --out "$RUN/stage2"
-evaluation "$RUN/stage2" stage2
-accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
-    --evals base="$RUN/eval/base" "stage 1=$RUN/eval/stage1" "stage 2=$RUN/eval/stage2"
+evals=(base="$RUN/eval/base" "stage 1=$RUN/eval/stage1")
+kl=("IPO, stage 1=$RUN/stage1")  # what `figures` follows
+if [ -n "$BENIGN" ]; then
+    stage "training, stage 2 (against over-refusal)" "${train[@]}" --model "$RUN/stage1" \
+        --reference "$MODEL" --pairs "$RUN/pairs.jsonl" "$RUN/benign_pairs.jsonl" --lr "$LR2" \
+        --out "$RUN/stage2"
+    evaluation "$RUN/stage2" stage2
+    evals+=("stage 2=$RUN/eval/stage2")
+    kl+=("IPO, both stages=$RUN/stage2")
+fi
+report() {
+    accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
+        --domain "$DOMAIN" --evals "${evals[@]}"
+}
+report
+
+leaderboard() {  # adds the stages that compare methods
+    if [ -z "${VALID:-}" ] || { [ "$MODEL" != toy/model ] && [ -z "${LRS:-}" ]; }; then
+        echo "error: the defaults of leaderboard suit the tiny model; give VALID=\"NAME=KIND:FILE ...\", sets to choose rates by, and LRS=\"RATE ...\"" >&2
+        exit 2
+    fi
+    if [ -z "$EVAL" ]; then
+        echo "error: leaderboard evaluates on files; give EVAL=\"NAME=KIND:FILE ...\" instead of SETS" >&2
+        exit 2
+    fi
+    local limit_sets=
+    if [ -n "${QUICK:-}" ]; then
+        SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 9e-5} limit_sets=40
+    fi
+    local apart=()  # a model that takes all GPUs: each command is started as a stage is
+    if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
+    if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
+        apart+=(--runner="$(printf '%q ' "${runner[@]:2}")" --launch="${launch[*]}")
+    fi
+    stage "methods side by side" "$PYTHON" -m studies.leaderboard --model "$MODEL" \
+        --prompts "$PROMPTS" --limit "$LIMIT" ${BENIGN:+--benign "$BENIGN"} \
+        --triggers "$TRIGGERS" ${TEACHER:+--teacher "$TEACHER"} \
+        ${INSTRUCTION:+--instruction "$INSTRUCTION"} --samples "$SAMPLES" \
+        --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
+        --judging="${judging[*]}" --eval-judging="${eval_judging[*]}" \
+        --train-args="$TRAIN_ARGS --epochs $EPOCHS" --valid $VALID --set $EVAL \
+        ${METHODS:+--methods $METHODS} ${AGAIN:+--again $AGAIN} ${SEEDS:+--seeds $SEEDS} \
+        ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} \
+        ${WORKERS:+--workers $WORKERS} ${limit_sets:+--limit-sets $limit_sets} "${apart[@]}" \
+        --out "$LEADERBOARD"
+    accept= stage "tables and figure" "$PYTHON" -m studies.frontier --run "$RUN" \
+        --domain "$DOMAIN" --results "$LEADERBOARD/results.jsonl"
+}
+
+if [ -n "${ALSO:-}" ]; then leaderboard; fi  # of a domain that compares methods in every run
 
 # ------------------------------------------------------------------------------------ commands
 case $command in
@@ -315,42 +363,11 @@ case $command in
             --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" --out "$RUN/dpo"
         sample_from "$MODEL" "$SERVER"
         stage "analysis" "${start[@]}" -m studies.figures --run-folder "$RUN" "${sampler[@]}" \
-            "${judging[@]}" --continuations "$CONTINUATIONS" --kl "IPO, stage 1=$RUN/stage1" \
-            "IPO, both stages=$RUN/stage2" "DPO=$RUN/dpo" "SFT=$RUN/sft"
+            "${judging[@]}" --continuations "$CONTINUATIONS" --kl "${kl[@]}" "DPO=$RUN/dpo" "SFT=$RUN/sft"
+        if [ "$DOMAIN" != safety ]; then report; fi  # again, because studies speak of safety
         exec "$PYTHON" "${runner[@]}" --run "$RUN" "${stages[@]}" ;;
-    baselines)
-        if [ "$MODEL" = toy/model ]; then
-            VALID=${VALID:-valid_harmful=harmful:toy/prompts/valid_harmful.jsonl
-                valid_benign=benign:toy/prompts/valid_benign.jsonl
-                valid_sums=task:toy/prompts/valid_sums.jsonl}
-        elif [ -z "${VALID:-}" ] || [ -z "${LRS:-}" ]; then
-            echo "error: the defaults of baselines suit the tiny model; give VALID=\"NAME=KIND:FILE ...\", sets to choose rates by, and LRS=\"RATE ...\"" >&2
-            exit 2
-        fi
-        if [ -z "$EVAL" ]; then
-            echo "error: baselines evaluate on files; give EVAL=\"NAME=KIND:FILE ...\" instead of SETS" >&2
-            exit 2
-        fi
-        if [ -n "${QUICK:-}" ]; then
-            SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 9e-5 1.3e-4} GRPO_EPOCHS=${GRPO_EPOCHS:-1} limit_sets=60
-        fi
-        folder=${BASELINES:-runs/baselines}
+    leaderboard)
         stages=()
-        apart=()  # a model that takes all GPUs: each command is started as a stage is
-        if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
-        if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
-            apart+=(--runner="$(printf '%q ' "${runner[@]:2}")" --launch="${launch[*]}")
-        fi
-        stage "training and evaluation" "$PYTHON" -m studies.baselines run --model "$MODEL" \
-            --prompts "$PROMPTS" --limit "$LIMIT" --benign "$BENIGN" --triggers "$TRIGGERS" \
-            --samples "$SAMPLES" \
-            --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
-            --judging="${judging[*]}" --eval-judging="${eval_judging[*]}" \
-            --train-args="$TRAIN_ARGS --epochs $EPOCHS" --valid $VALID --set $EVAL --out "$folder" \
-            ${METHODS:+--methods $METHODS} ${SEEDS:+--seeds $SEEDS} ${LRS:+--lrs $LRS} \
-            ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} ${WORKERS:+--workers $WORKERS} \
-            ${limit_sets:+--limit-sets $limit_sets} "${apart[@]}"
-        accept= stage "table and figure" "$PYTHON" -m studies.frontier --run "$RUN" \
-            --results "$folder/results.jsonl"
+        leaderboard
         exec "$PYTHON" "${runner[@]}" "${stages[@]}" ;;
 esac

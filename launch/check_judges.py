@@ -8,7 +8,7 @@ from evaluate import EVAL_KEYS, KINDS
 from intervene import ASKS, CUE_KEYS, JUDGE_KEYS, make_judge
 from launch.check_models import check_model
 from launch.probe import HURRY, try_judge
-from launch.stages import EVALUATION, JUDGE
+from launch.stages import BY_RULES, EVALUATION, JUDGE
 from support.errors import InputError
 from support.guards import local_name
 from support.http import without_password
@@ -20,7 +20,7 @@ NOWHERE = "http://127.0.0.1/v1"  # for a judge that is made to see what it can a
 class JudgeFlags(NamedTuple):
     """What makes two judges two."""
     variable: str  # that names it
-    spec: str  # `rules`, `local:PATH`, a URL, {judge}
+    spec: str  # `rules`, `python:MODULE`, `local:PATH`, a URL, {judge}
     model: str
     kind: str
     keys: tuple  # names of variables that may hold its key
@@ -39,11 +39,11 @@ class JudgeFlags(NamedTuple):
 
     def make(self):
         """The judge, to be asked in a hurry; one that is not at an address yet cannot be asked."""
-        if self.spec.startswith("rules"):
-            return make_judge(self.spec)
+        flag = "--" + self.variable.lower().replace("_", "-")
+        if self.spec.startswith(BY_RULES):
+            return make_judge(self.spec, flag=flag)
         model = local_name(self.path) if self.path else self.model
         spec = NOWHERE if self.path or self.spec == JUDGE else self.spec
-        flag = "--" + self.variable.lower().replace("_", "-")
         # Without a cache: a verdict from there would hide a judge that is gone.
         return make_judge(spec, model, kind=self.kind, no_thinking=self.no_thinking, flag=flag,
                           keys=self.keys, **HURRY)
@@ -73,7 +73,7 @@ def check_judges(stages, sets, findings, start):
             elif flags.spec == JUDGE:
                 if not Path(flags.model).is_file():  # some servers take a model in one file
                     model_folder(flags.model, weights=False)
-            elif not flags.spec.startswith("rules"):
+            elif not flags.spec.startswith(BY_RULES):
                 judge = flags.make()
                 start(flags.shown, try_judge, flags.shown, flags.spec, judge, sorted(questions))
 

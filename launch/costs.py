@@ -17,6 +17,7 @@ from launch.speed import (
 )
 from launch.stages import (
     ALONE,
+    BY_RULES,
     ENGINE,
     ENGINE_BESIDE_JUDGE,
     JUDGE,
@@ -272,7 +273,7 @@ def judge_of(flags, spec_flag="judge"):
     model = getattr(flags, f"{spec_flag}_model", None) or flags.judge_model or ""
     prices = (flags.judge_price_in, flags.judge_price_out)
     kind = "api"
-    if spec.startswith("rules"):
+    if spec.startswith(BY_RULES):
         kind = "rules"
     elif spec == JUDGE:
         kind = "served"

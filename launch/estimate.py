@@ -22,7 +22,7 @@ from launch.costs import (
 )
 from launch.shape import framework, operations, sampling_memory, training_needs
 from launch.speed import training_key, training_rate
-from launch.stages import ENGINE, EVALUATION, JUDGE, JUDGES, processes_of
+from launch.stages import BY_RULES, ENGINE, EVALUATION, JUDGE, JUDGES, processes_of
 from launch.world import (
     Model,
     Pairs,
@@ -100,7 +100,7 @@ def plan_judge(stage, world):
 
 def cached_bytes(cost, flags):
     """Bytes of judge_cache.jsonl; the rules have none."""
-    return 0 if flags.judge.startswith("rules") else cost.calls * assumed.CACHED_VERDICT
+    return 0 if flags.judge.startswith(BY_RULES) else cost.calls * assumed.CACHED_VERDICT
 
 
 def plan_pairs(stage, world):

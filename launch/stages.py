@@ -19,6 +19,7 @@ EVALUATION = ("evaluate.py run", "benchmarks.run")  # the programs that evaluate
 ENGINE = "{engine}"
 JUDGE = "{judge}"
 JUDGES = ("judge", "eval_judge", "cue_judge")  # flags that may say {judge}
+BY_RULES = ("rules", "python:")  # how a judge begins that is code of ours: it needs no server
 # The judge's port after the engine's, however many GPUs that has: a judge's replies are kept under
 # its address.
 JUDGE_PORT = 100

@@ -47,8 +47,8 @@ def add_judge_flags(parser):
     """Add the flags of whatever judges; `judge_from_flags` reads them."""
     add = parser.add_argument
     add("--judge", default="rules",
-        help="`rules` (toy world), `rules:FILE`, `local:PATH` (a model in this process), or a "
-        "server https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY; docs/judges.md")
+        help="`rules` (toy world), `rules:FILE`, `python:MODULE` (its class `Judge`), `local:PATH` "
+        "(a model in this process), or a server https://HOST/v1, whose key is in JUDGE_API_KEY or OPENAI_API_KEY; docs/judges.md")
     add("--judge-model", help="model name to send to the server")
     add("--judge-kind", default="auto",
         choices=("auto", "chat", "qwen3guard", "llamaguard3", "wildguard"),

@@ -6,6 +6,7 @@ curves, coloured steps); all markup is in the template, which escapes every text
 import math
 import re
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,11 +37,12 @@ MOST_POINTS = 400  # of a curve: more are not visible
 TRADE_OFF_CHART = {**CHART, "height": 290, "top": 28, "bottom": 250, "radius": 7}  # of a point
 
 
-def write_report(path, evaluations, rows, facts):
+def write_report(path, evaluations, rows, facts, words, glossary):
     """Write the page of a run.
 
     evaluations: {model: contents of metrics.json}; rows: [(label, text for each model)]; facts: see
-    `run_folder.read_run`, with each pair split into steps as `pair_columns` needs it.
+    `run_folder.read_run`, with each pair split into steps as `pair_columns` needs it; words: see
+    `reworded`; glossary: [(word, meaning)].
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -48,8 +50,35 @@ def write_report(path, evaluations, rows, facts):
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["word"] = partial(reworded, words=words)
     parts = page_parts(evaluations, rows, facts)
+    parts["glossary"] = glossary
     write_text(path, environment.get_template("report.html").render(parts))
+
+
+def reworded(text, words):
+    """A text of ours in the words of a domain; words: {phrase in lower case: what it says instead}.
+
+    Of phrases that overlap the longest counts, and what it was replaced by stays. A capital letter
+    at its beginning stays too.
+
+    >>> words = {"unsafe": "wrong", "safe": "right", "safety trigger": "check"}
+    >>> reworded("Safety trigger: an unsafe trace is made safe", words)
+    'Check: an wrong trace is made right'
+    >>> reworded("unsafe", None)
+    'unsafe'
+    """
+    if not words:
+        return text
+
+    def replacement(found):
+        phrase = found[0]
+        said = words[phrase.lower()]
+        return capitalised(said) if phrase[0].isupper() else said
+
+    longest_first = sorted(words, key=len, reverse=True)
+    phrases = "|".join(map(re.escape, longest_first))
+    return re.sub(rf"(?<!\w)({phrases})(?!\w)", replacement, text, flags=re.IGNORECASE)
 
 
 def page_parts(evaluations, rows, facts):
