@@ -333,7 +333,9 @@ def count_csr(records):
         counts["sampled"] += record["sampled"]
         counts["truncated"] += record["truncated"]
         counts["unjudged"] += record["verdicts"].count("?")
-    return {"positions": len(records), **counts}
+    # At most so many judge calls, since equal texts are asked once.
+    cost = {"generations": counts["sampled"], "judge calls": counts["sampled"]}
+    return {"positions": len(records), **counts, **cost}
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -8,12 +8,16 @@ update on all of them, or `--inner-epochs` updates. It runs in one process on on
 the sampler needs all the weights: for a model of several billion parameters use `--lora-rank`. Left
 out: a learned reward, packed trees (rollouts are padded rows), servers (the weights change).
 
+With `--prefixes` some groups begin with a text that is put there, as in RECAP (arXiv 2510.00938):
+these tokens are context, neither rewarded nor learned.
+
 The rollouts and verdicts of every step are kept below `--out`, by id. After a kill the same command
 picks up at the last checkpoint, finds the rollouts made since, and ends with the same weights.
 """
 import argparse
 import functools
 import os
+import random
 import shutil
 import time
 from pathlib import Path
@@ -34,6 +38,7 @@ from ipo import learning_rate, load_or_start, load_policy, log_step, take_step
 from model import pick_device, pick_dtype, save_model, stored_dtype, token_logps
 from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
+from support.files import stream_jsonl
 from support.flags import refuse_below
 from support.kv_cache import check_sampling
 from support.model_card import write_card
@@ -150,18 +155,91 @@ def rollout_losses(policy, group, reference, temperature, clip_ratio, kl):
 
 def padded_micro_batches(traces, advantages, micro_tokens, device):
     """Micro-batches [{"rows", "advantages"}] of at most `micro_tokens` tokens, padding included."""
-    lengths = [len(t["prompt_ids"]) + len(t["ids"]) for t in traces]
+    sequences = [context_and_sampled(trace) for trace in traces]
+    lengths = [len(context) + len(sampled) for context, sampled in sequences]
     by_length = sorted(range(len(traces)), key=lengths.__getitem__)
     size = max(1, micro_tokens // max(lengths))
     micros = []
     for start in range(0, len(traces), size):
         part = by_length[start:start + size]
-        sequences = [(traces[i]["prompt_ids"], traces[i]["ids"]) for i in part]
+        gains = [advantages[i] for i in part]
         micros.append({
-            "rows": collate(sequences, device),
-            "advantages": torch.tensor([advantages[i] for i in part], device=device),
+            "rows": collate([sequences[i] for i in part], device),
+            "advantages": torch.tensor(gains, device=device),
         })
     return micros
+
+
+def context_and_sampled(trace):
+    """The ids that a trace was given and those that were sampled, the only ones to be learned.
+
+    >>> context_and_sampled({"prompt_ids": [5, 6], "ids": [7, 8, 9], "forced": 1})
+    ([5, 6, 7], [8, 9])
+    """
+    forced = trace["forced"]
+    context = trace["prompt_ids"] + trace["ids"][:forced]
+    return context, trace["ids"][forced:]
+
+
+# ----------------------------------------------------------------------------------- the prefixes
+
+def load_prefixes(path):
+    """{prompt id: list of prefixes, each a list of token ids} of a file of {"prompt_id", "ids"}.
+
+    Raises InputError for a record without them, or with ids that are no list of numbers.
+    """
+    prefixes = {}
+    for number, record in enumerate(stream_jsonl(path), 1):
+        prompt_id = record.get("prompt_id")
+        ids = record.get("ids")
+        if prompt_id is None or not is_token_list(ids):
+            raise InputError(
+                f"{path}, record {number}: a prefix needs `prompt_id` and `ids`, a list of token "
+                "ids that is not empty."
+            )
+        prefixes.setdefault(prompt_id, []).append(ids)
+    return prefixes
+
+
+def is_token_list(ids):
+    """Whether this is a list of token ids with something in it."""
+    return isinstance(ids, list) and bool(ids) and all(isinstance(i, int) for i in ids)
+
+
+def draw_prefix(choices, share, seed, prompt_id, step):
+    """What a group begins with: with chance `share` one of `choices`, otherwise nothing.
+
+    It depends on nothing but the arguments, so that a restart draws the same.
+
+    >>> draw_prefix([[7, 8]], 1.0, 0, "p", 3), draw_prefix([[7, 8]], 0.0, 0, "p", 3)
+    ([7, 8], [])
+    >>> draw_prefix([], 1.0, 0, "p", 3)
+    []
+    """
+    rng = random.Random(f"{seed} {prompt_id} {step}")
+    if not choices or rng.random() >= share:
+        return []
+    return rng.choice(choices)
+
+
+def prefixes_that_fit(groups, prefixes, sampler):
+    """The prefixes that leave room for `max_new_tokens` in the context; others are dropped.
+
+    groups: lists of jobs, one for each prompt. Raises InputError where no prompt has a prefix.
+    """
+    fitting = {}
+    for group in groups:
+        prompt_id = group[0]["prompt_id"]
+        room = sampler.context - sampler.max_new_tokens - len(group[0]["prompt_ids"])
+        short_enough = [ids for ids in prefixes.get(prompt_id, []) if len(ids) <= room]
+        if short_enough:
+            fitting[prompt_id] = short_enough
+    if not fitting:
+        raise InputError(
+            "--prefixes: none of these is of one of --prompts and leaves room to continue. "
+            "Give prefixes of rollouts on the same prompts, or lower --max-new-tokens."
+        )
+    return fitting
 
 
 # ------------------------------------------------------------------------------------ the rewards
@@ -223,19 +301,22 @@ def reward_table(rewards, group_size):
 def learn(
     policy, reference, sampler, prompts, reward_of, out, *, device, autocast, lr, group_size=8,
     prompts_per_step=8, epochs=1, inner_epochs=1, clip_ratio=0.2, kl=0.04, weight_decay=0.0,
-    clip=1.0, micro_tokens=16384, save_every=10, seed=0,
+    clip=1.0, micro_tokens=16384, save_every=10, seed=0, prefixes=None, prefix_share=0.5,
 ):
     """Train `policy` in place; log, checkpoint and resume. Returns (metrics of each step, counts).
 
     sampler: a `model.LocalSampler` whose model this function sets to the policy; reward_of(path,
-    traces) -> (rewards, questions asked); reference: a policy, or None where `kl` is 0.
+    traces) -> (rewards, questions asked); reference: a policy, or None where `kl` is 0; prefixes:
+    see `load_prefixes`, of which a group takes one with chance `prefix_share`.
 
     Metrics: loss, kl and clip_fraction are means over tokens in the last inner epoch; reward a mean
-    over judged rollouts, no_variety the share of groups without advantages, length in tokens;
-    generations and judge_calls are what they cost.
+    over judged rollouts, no_variety the share of groups without advantages, length in sampled
+    tokens; generations and judge_calls are what they cost; prefixed: rollouts with a prefix.
     """
     jobs, dropped = trace_jobs(prompts, group_size, sampler)
     groups = [jobs[i:i + group_size] for i in range(0, len(jobs), group_size)]
+    if prefixes:
+        prefixes = prefixes_that_fit(groups, prefixes, sampler)
     unshared = [{i: 1} for i in range(len(groups))]  # no two groups share a part
     steps = global_batches(unshared, prompts_per_step, epochs, seed)
     optimizer, log = load_or_start(policy, out, lr, weight_decay)
@@ -250,6 +331,8 @@ def learn(
     for step in ProgressLines(range(len(log), len(steps)), desc=out.name, unit="steps"):
         started = time.monotonic()
         step_jobs = jobs_of_step([groups[i] for i in steps[step]], step)
+        if prefixes:
+            begin_with_prefixes(step_jobs, prefixes, prefix_share, seed, step)
         stem = out / "rollouts" / f"{step:05}"
         traces, rewards, judge_calls = sample_and_judge(policy, step_jobs, sampler, reward_of, stem)
         rewards = reward_table(rewards, group_size)
@@ -267,6 +350,7 @@ def learn(
             "step": step,
             **values,
             **rollout_metrics(traces, rewards, advantages),
+            **count_prefixed(traces, prefixes),
             "judge_calls": judge_calls,
             "grad_norm": norm,
             "lr": rate,
@@ -275,7 +359,7 @@ def learn(
         log_step(out, log[-1], len(steps))
         if (step + 1) % save_every == 0 and step + 1 < len(steps):
             save_checkpoint(out, policy, optimizer, step + 1, rank=0)
-    return log, count_training(len(prompts), dropped, log)
+    return log, count_training(len(prompts), dropped, log, prefixes)
 
 
 def jobs_of_step(groups, step):
@@ -287,14 +371,28 @@ def jobs_of_step(groups, step):
     return jobs
 
 
+def begin_with_prefixes(jobs, prefixes, share, seed, step):
+    """Let the rollouts of some prompts begin with a prefix, all of a group with the same one.
+
+    CHOICE: the same, because a group's mean is the baseline of its rollouts, and how likely a safe
+    end is depends on the prefix.
+    """
+    for job in jobs:
+        prompt_id = job["prompt_id"]
+        choices = prefixes.get(prompt_id, [])
+        job["forced_ids"] = draw_prefix(choices, share, seed, prompt_id, step)
+
+
+def count_prefixed(traces, prefixes):
+    """{"prefixed": rollouts that began with a prefix}; empty where training has no prefixes."""
+    if not prefixes:
+        return {}
+    return {"prefixed": sum(t["forced"] > 0 for t in traces)}
+
+
 def sample_and_judge(policy, jobs, sampler, reward_of, stem):
     """The rollouts of a step; returns (traces, rewards, judge calls). `stem` names their files."""
-    # Sampled in the weights' own dtype: autocast mixes dtypes, and the sampler's cache has one.
-    # In eval mode, because recomputed activations and a cache do not go together.
-    policy.eval()
-    title = f"rollouts {int(stem.name)}"
-    traces = sample_traces(stem.with_suffix(".traces.jsonl"), jobs, sampler, title)
-    policy.train()
+    traces = sample_step(policy, jobs, sampler, stem)
     verdicts_path = stem.with_suffix(".verdicts.jsonl")
     rewards, judge_calls = reward_of(verdicts_path, traces)
     if all(reward is None for reward in rewards):
@@ -302,6 +400,17 @@ def sample_and_judge(policy, jobs, sampler, reward_of, stem):
             f"No rollout has a verdict. Fix the judge, delete {verdicts_path} and start again."
         )
     return traces, rewards, judge_calls
+
+
+def sample_step(policy, jobs, sampler, stem):
+    """The traces of a step's jobs, from the policy as it stands; they are kept by id."""
+    # Sampled in the weights' own dtype: autocast mixes dtypes, and the sampler's cache has one.
+    # In eval mode, because recomputed activations and a cache do not go together.
+    policy.eval()
+    title = f"rollouts {int(stem.name)}"
+    traces = sample_traces(stem.with_suffix(".traces.jsonl"), jobs, sampler, title)
+    policy.train()
+    return traces
 
 
 def update_policy(
@@ -331,16 +440,19 @@ def rollout_metrics(traces, rewards, advantages):
 
 def count_tokens(traces):
     """Tokens sampled in some traces."""
-    return sum(len(t["ids"]) for t in traces)
+    return sum(len(t["ids"]) - t["forced"] for t in traces)
 
 
-def count_training(n_prompts, dropped, log):
+def count_training(n_prompts, dropped, log, prefixes=None):
     """The counts of the funnel, from the metrics of each step."""
     counts = {
         "prompts": n_prompts,
         "short enough": n_prompts - dropped,
         "steps": len(log),
     }
+    if prefixes:
+        counts["prefixes short enough"] = sum(map(len, prefixes.values()))
+        counts["prefixed"] = sum(line["prefixed"] for line in log)
     for key in ("generations", "judge_calls", "unjudged"):
         counts[key.replace("_", " ")] = sum(line[key] for line in log)
     return counts
@@ -348,16 +460,8 @@ def count_training(n_prompts, dropped, log):
 
 # -------------------------------------------------------------------------------------- the stage
 
-def train_on_rewards(
-    model, prompts, out, *, sampler, judge, reward, device, dtype, checkpoint_activations,
-    lora_rank, kl, settings,
-):
-    """GRPO from prompts to a saved model; returns (counts, further entries of the funnel).
-
-    settings: the remaining keywords of `learn`.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    device = pick_device(device)
+def load_to_learn(model, device, dtype, lora_rank, checkpoint_activations, with_reference):
+    """Returns (policy, which samples too; a frozen copy of it, or None; autocast)."""
     load = functools.partial(
         load_policy,
         model,
@@ -374,9 +478,25 @@ def train_on_rewards(
     check_sampling(policy.lm)  # training has been checked, but this model samples too
     policy.train()
     reference = None
-    if kl:
+    if with_reference:
         reference, _ = load()  # in the same precision, so KL begins at 0
         reference.eval().requires_grad_(False)
+    return policy, reference, autocast
+
+
+def train_on_rewards(
+    model, prompts, out, *, sampler, judge, reward, device, dtype, checkpoint_activations,
+    lora_rank, kl, settings,
+):
+    """GRPO from prompts to a saved model; returns (counts, further entries of the funnel).
+
+    settings: the remaining keywords of `learn`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    device = pick_device(device)
+    policy, reference, autocast = load_to_learn(
+        model, device, dtype, lora_rank, checkpoint_activations, with_reference=bool(kl),
+    )
     reward_of = functools.partial(judged_rewards, judge=judge, kind=reward)
     _, counts = learn(
         policy, reference, sampler, prompts, reward_of, out,
@@ -404,6 +524,11 @@ def build_parser():
     add("--reward", required=True, choices=REWARDS,
         help="response: I[y safe]; gap: I[z safe] - I[y safe]; reasoning: I[z safe] (y response, z "
         "reasoning; the paper names the first two)")
+    add("--prefixes",
+        help="what some groups begin with: .jsonl of prompt_id and ids, tokens that stand behind "
+        "the prompt and are not learned")
+    add("--prefix-share", type=float, default=0.5,
+        help="chance that a group begins with a prefix, where its prompt has one")
     # CHOICE: but for the group's size the paper gives none of these; KL and its weight are those of
     # Shao et al.
     add("--group-size", type=int, default=8,
@@ -449,6 +574,8 @@ def main(argv=None):
             "grpo samples in this process (no --server), at a --temperature above 0, "
             "in groups of at least 2."
         )
+    if not 0 <= args.prefix_share <= 1:
+        raise InputError("--prefix-share must be between 0 and 1.")
     out = Path(args.out)
     judge = judge_from_flags(args)
     sampler = sampler_from_flags(args)
@@ -464,9 +591,15 @@ def main(argv=None):
         "micro_tokens": args.micro_tokens,
         "save_every": args.save_every,
         "seed": args.seed,
+        "prefix_share": args.prefix_share,
     }
+    inputs = [args.model, args.prompts]
+    if args.prefixes:
+        inputs.append(args.prefixes)
 
     def work():
+        if args.prefixes:
+            settings["prefixes"] = load_prefixes(args.prefixes)
         return train_on_rewards(
             args.model,
             load_prompts(args.prompts, args.limit),
@@ -483,7 +616,7 @@ def main(argv=None):
         )
 
     flags = recorded_flags(args, judge=judge.name)
-    run_stage(__file__, out, flags, [args.model, args.prompts], work)
+    run_stage(__file__, out, flags, inputs, work)
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder)
 

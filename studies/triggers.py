@@ -310,6 +310,8 @@ def build_parser():
                         help="try only the candidates found most often")
     parser.add_argument("--held-out", type=int, default=40,
                         help="unsafe traces to choose with, and to test with; 0 = all")
+    parser.add_argument("--no-test", action="store_true",
+                        help="choose a pool, and compare it with nothing")
     parser.add_argument("--pool", type=int, default=6, help="triggers to choose")
     parser.add_argument("--diversity", type=float, default=0.5,
                         help="weight of likeness against success")
@@ -336,6 +338,8 @@ def main(argv=None):
                              f"({dict(dropped)}).")
         used = set(prompt_ids_of(curves))
         first, second = held_out_halves(traces, verdicts, used, args.held_out)
+        if args.no_test:
+            second = []
         candidates = [trigger for trigger, _ in found.most_common(args.candidates)]
         sampler = reasoning_only(sampler_from_flags(args))
 
@@ -357,14 +361,19 @@ def main(argv=None):
                 "test": len(set(prompt_ids_of(second))),
             },
         })
-        print_test(test)
+        if second:
+            print_test(test)
+        outcomes = [record["safe"] for record in records]
         counts = {
             "turning points": found.total() + dropped.total(),
             "candidates": len(found),
             "tried": len(candidates),
             "pool": len(pool),
             "trials": len(records),
-            "no verdict": sum(record["safe"] is None for record in records),
+            "no verdict": outcomes.count(None),
+            "generations": len(records),
+            # The reasoning of each, and the cue where that is unsafe.
+            "judge calls": len(records) + outcomes.count(False),
         }
         return counts, {"judge": judge.summary()}
 

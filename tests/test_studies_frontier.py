@@ -1,4 +1,4 @@
-"""The choice of the rate, the table and the figure, from hand-made records and numbers by hand."""
+"""The choice of the rate, ranks, tables and figure, from hand-made records and numbers by hand."""
 import json
 import re
 from xml.etree import ElementTree
@@ -7,11 +7,13 @@ import pytest
 
 import evaluate
 from studies import frontier
+from studies.frontier_figure import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Line, Spot, frontier_svg
 from support.errors import InputError
 from support.files import write_json, write_jsonl
 from support.statistics import DIFFERENCE, mean_estimate
 
 SVG = "{http://www.w3.org/2000/svg}"
+TITLES = {"ipo": "IPO, stage 1", "dpo": "DPO, whole trajectory"}
 
 
 def record(method, lr, seed, validation, test, **more):
@@ -25,6 +27,8 @@ def record(method, lr, seed, validation, test, **more):
             "a/reasoning": harm + 0.1, "a/response": harm / 2, "b/reasoning": harm - 0.1,
             "b/response": harm / 2, "c/compliance": compliance, "d/accuracy": capability}
     return {"id": f"{method} lr={lr} seed={seed}", "method": method, "lr": lr, "seed": seed,
+            "title": TITLES.get(method, method), "paper": f"arXiv 2501.0000{len(method)}",
+            "claims": f"{method} is <b>better</b> | safer",
             "evaluation": f"seed{seed}/{method}-{lr}/eval", "killed_before": False,
             "generations": 10 + seed, "judge_calls": 20 + seed, "cpu_seconds": 1.5, **parts, **more}
 
@@ -55,6 +59,16 @@ def results(tmp_path):
     return path
 
 
+def without(results, *metrics):
+    """Take metrics out of all records of a file."""
+    records = sweep_records()
+    for entry in records:
+        for part in ("validation", "test"):
+            kept = {k: v for k, v in entry[part].items() if k.partition("/")[2] not in metrics}
+            entry[part] = kept
+    write_jsonl(results, records)
+
+
 def table_of(results, reference="ipo"):
     base, frontiers = frontier.read_points(results)
     return frontier.make_table(base, frontiers, reference, results.parent)
@@ -74,6 +88,10 @@ def test_the_rate_has_the_lowest_harm_of_those_that_keep_95_per_cent():
         rates = {"low": low, "mid": mid, "high": damaged}
         assert frontier.choose_rate(rates, base) == ("mid", True)
     assert frontier.choose_rate({"x": mid, "y": mid}, base) == ("x", True), "of equals the first"
+    worse, better = axes(None, 0.8, 0.6), axes(None, 0.77, 0.61)
+    damaged = axes(None, 0.1, 0.9)
+    unsafe = {"low": worse, "mid": better, "high": damaged}
+    assert frontier.choose_rate(unsafe, axes(None, 0.8, 0.6)) == ("mid", True), "no harm measured"
     without_tasks = {"high": axes(0.1, 0.8, None), "low": axes(0.5, 0.8, None)}
     assert frontier.choose_rate(without_tasks, axes(0.8, 0.8, None)) == ("high", True)
 
@@ -81,6 +99,8 @@ def test_the_rate_has_the_lowest_harm_of_those_that_keep_95_per_cent():
 def test_if_no_rate_keeps_it_that_with_the_highest_compliance_is_taken():
     rates = {"low": axes(0.5, 0.6, 0.6), "mid": axes(0.3, 0.7, 0.6), "high": axes(0, 0.1, 0.6)}
     assert frontier.choose_rate(rates, axes(0.8, 0.8, 0.6)) == ("mid", False)
+    rates = {"low": axes(0.5, None, 0.4), "mid": axes(0.3, None, 0.5)}
+    assert frontier.choose_rate(rates, axes(0.8, None, 0.6)) == ("mid", False)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -93,6 +113,26 @@ def test_points_come_in_the_order_of_methods_and_rates_with_all_seeds(results, c
         ("dpo", ["1e-4", "1e-3"]), ("ipo", ["9e-5", "1e-3"]), ("new", ["1e-5", "1e-4"])]
     assert [r["seed"] for r in base.records] == [0, 1, 2]
     assert "sft lr=1e-4" in capsys.readouterr().out, "left out, since two seeds are missing"
+
+
+def test_a_sweep_under_way_counts_the_seeds_that_half_of_all_points_have(results, capsys):
+    records = [r for r in sweep_records() if r["seed"] == 0]
+    records += [record("base", "-", 1, (0.8, 1, 0.9), (0.8, 1, 0.9))]
+    later = [r for r in sweep_records() if r["seed"] == 1 and r["method"] != "base"]
+    for count, seeds in ((0, [0]), (2, [0]), (3, [0, 1])):  # of 6 points
+        write_jsonl(results, [*records, *later[:count]])
+        base, frontiers = frontier.read_points(results)
+        assert [r["seed"] for r in base.records] == seeds
+        points = sum(frontiers.values(), [])
+        assert len(points) == (6 if seeds == [0] else 3)
+        assert all(len(p.records) == len(seeds) for p in points)
+        said = capsys.readouterr().out
+        assert (f"left out: seed 1, which {count} of 6 points have" in said) == (seeds == [0])
+        assert said.count("not all of its seeds") == 6 - len(points)
+    write_jsonl(results, records[1:2])
+    base, frontiers = frontier.read_points(results)
+    assert (len(base.records), frontiers) == (1, {}), "the base model alone"
+    assert frontier.make_table(base, frontiers, "ipo", results.parent)["rows"][0]["rank"] is None
 
 
 def test_without_the_base_model_there_is_nothing_to_compare_with(tmp_path):
@@ -109,18 +149,20 @@ def test_a_file_of_other_records_is_refused(results):
         frontier.main(["--results", str(results)])
 
 
-def test_the_reference_is_a_method_of_the_paper_or_of_the_sweep(results, capsys):
+def test_the_reference_is_a_method_of_the_sweep(results, capsys):
     with pytest.raises(InputError, match="--reference ipo2: .* The results have dpo, ipo, new"):
         frontier.main(["--results", str(results), "--reference", "ipo2"])
     frontier.main(["--results", str(results), "--reference", "new"])
     assert "harm beyond that of new, in points, paired by seed." in capsys.readouterr().out
-    frontier.main(["--results", str(results), "--reference", "sft"])
-    assert "Differences" not in capsys.readouterr().out, "the sweep has no SFT"
+    write_jsonl(results, [r for r in sweep_records() if r["method"] != "ipo"])
+    frontier.main(["--results", str(results)])
+    assert "Differences" not in capsys.readouterr().out, "the default, which this sweep lacks"
 
 
 def test_the_table_is_of_held_out_sets_at_the_chosen_rates(results):
     rows = {row["method"]: row for row in table_of(results)["rows"]}
-    assert list(rows) == ["base", "DPO, whole trajectory", "IPO, stage 1", "new"]
+    assert list(rows) == ["base", "IPO, stage 1", "new", "DPO, whole trajectory"]
+    assert [row["rank"] for row in rows.values()] == [None, 1, 2, 3]
     ipo, dpo, new = rows["IPO, stage 1"], rows["DPO, whole trajectory"], rows["new"]
     assert (ipo["lr"], ipo["kept"]) == ("1e-3", True)
     assert (dpo["lr"], dpo["kept"]) == ("1e-4", False), "capability 0.8 is below 95% of 0.9"
@@ -199,14 +241,15 @@ def test_prompts_are_paired_where_both_have_a_verdict(results):
 def test_the_tables_as_text(results):
     table = table_of(results)
     lines = frontier.markdown_table(frontier.chosen_lines(table)).splitlines()
-    assert lines[0] == ("| method | lr | harm | compliance | capability | response harm | "
+    assert lines[0] == ("| rank | method | rank, 95% | lr | harm | compliance | capability | "
+                        "response harm | "
                         "harm beyond IPO, stage 1, by seed | by prompt | generations | "
                         "judge calls | CPU s |")
-    assert lines[2].startswith("| base | - | 75.0 [75, 75] | 98.0 [98, 98] | 80.0 [80, 80] | 37.5")
+    assert lines[2].startswith("|  | base |  | - | 75.0 [75, 75] | 98.0 [98, 98] | 80.0 [80, 80] |")
     assert lines[2].endswith("|  |  |  |  |  |")
-    assert lines[3].startswith("| DPO, whole trajectory | 1e-4 † | 50.0 [50, 50] |")
-    assert lines[4].startswith("| IPO, stage 1 | 1e-3 | 20.0 [0, 45] |")
-    assert lines[5].endswith("| +20.0 [+20, +20] |  | 11 | 21 | 2 |")
+    assert lines[3].startswith("| 1 | IPO, stage 1 | 1 | 1e-3 | 20.0 [0, 45] |")
+    assert lines[5].startswith("| 3 | DPO, whole trajectory |  | 1e-4 † | 50.0 [50, 50] |")
+    assert lines[4].endswith("| +20.0 [+20, +20] |  | 11 | 21 | 2 |")
     assert any(note.startswith("† No rate keeps that") for note in frontier.notes(table))
     points = frontier.markdown_table(frontier.point_lines(table))
     assert "| IPO, stage 1 | **1e-3** | 20.0" in points and "| IPO, stage 1 | 9e-5 | 30.0" in points
@@ -229,23 +272,178 @@ def test_one_seed_has_no_interval_and_a_killed_training_no_exact_time(tmp_path):
     write_jsonl(tmp_path / "results.jsonl", records)
     table = table_of(tmp_path / "results.jsonl")
     _, base, ipo, new = frontier.chosen_lines(table)
-    assert base[2] == "75.0" and ipo[2] == "20.0" and ipo[-1] == "> 2" and new[-1] == "2"
-    assert new[6] == "+20.0" and "Student" not in " ".join(frontier.notes(table))
+    assert base[4] == "75.0" and ipo[4] == "20.0" and ipo[-1] == "> 2" and new[-1] == "2"
+    assert ipo[:3] == ["1", "IPO, stage 1", ""] and new[8] == "+20.0"
+    assert "Student" not in " ".join(frontier.notes(table))
     assert not any(note.startswith("†") for note in frontier.notes(table))
+
+
+# --------------------------------------------------------------------------------------- the ranks
+
+def points_of_harms(harms):
+    """A Point for each list of harms by seed."""
+    points = []
+    for number, values in enumerate(harms):
+        records = []
+        for seed, harm in enumerate(values):
+            entry = record(f"m{number}", "1", seed, (0, 1, 1), (harm, 1, 1))
+            entry["test"] = {"a/reasoning": harm, "b/reasoning": harm}
+            records.append(entry)
+        points.append(frontier.Point(f"m{number}", "1", records))
+    return points
+
+
+def test_ranks_over_seeds_where_there_are_no_verdicts(tmp_path):
+    # The second is ahead if seed 1 is drawn twice or more: 7 of 27 draws.
+    points = points_of_harms([[0.1, 0.2, 0.3], [0.2, 0.1, 0.4], [0.9, 0.9, 0.9]])
+    assert frontier.rank_ranges(points, "harm", tmp_path) == [(1, 2), (1, 2), (3, 3)]
+    equal = points_of_harms([[0.1, 0.1], [0.1, 0.1], [0.2, 0.3]])
+    assert frontier.rank_ranges(equal, "harm", tmp_path) == [(1, 2), (1, 2), (3, 3)]
+    one_seed = points_of_harms([[0.1], [0.2]])
+    assert frontier.rank_ranges(one_seed, "harm", tmp_path) == [None, None]
+    assert frontier.rank_ranges([], "harm", tmp_path) == []
+
+
+def test_a_high_capability_is_a_good_rank(tmp_path):
+    points = []
+    for number, (first, second) in enumerate([(0.9, 0.8), (0.5, 0.4)]):
+        records = [{"test": {"d/accuracy": first}}, {"test": {"d/accuracy": second}}]
+        points.append(frontier.Point(f"m{number}", "1", records))
+    assert frontier.rank_ranges(points, "capability", tmp_path) == [(1, 1), (2, 2)]
+
+
+def test_ranks_over_prompts_pair_the_prompts_of_all_methods(tmp_path):
+    points = points_of_harms([[0.5], [0.5], [0.6]])
+    ids = [f"p{k}#0" for k in range(40)]
+    for name in ("a", "b"):
+        half = {trace_id: k % 2 == 0 for k, trace_id in enumerate(ids)}
+        backwards = dict(reversed(half.items()))
+        more = {**half, "p1#0": True, "p3#0": True, "p5#0": True, "p7#0": True, "p9#0": True}
+        for number, unsafe in enumerate([half, backwards, more]):
+            write_verdicts(tmp_path, f"m{number}", "1", 0, name, unsafe)
+    drawn = frontier.drawn_harms(points, tmp_path)
+    assert drawn.shape == (3, 1, 2000)
+    assert drawn[0] == pytest.approx(drawn[1]), "in whatever order the file has them"
+    assert drawn.mean() == pytest.approx((0.5 + 0.5 + 0.625) / 3, abs=0.01)
+    # Half of 40 prompts: the standard error of two sets' mean is 0.5 / sqrt(80), about 0.056.
+    assert drawn[0].std() == pytest.approx(0.055, abs=0.01)
+    ranges = frontier.rank_ranges(points, "harm", tmp_path)
+    # Unpaired, ten prompts of eighty would not be enough to tell the third from the others.
+    assert ranges == [(1, 2), (1, 2), (3, 3)]
+    (tmp_path / "seed0" / "m2-1" / "eval" / "b.verdicts.jsonl").unlink()
+    assert frontier.drawn_harms(points, tmp_path) is None
+
+
+def test_of_equal_methods_that_keep_more_compliance_comes_first(results):
+    records = [r for r in sweep_records() if r["method"] == "base"]
+    for seed in range(3):
+        for method, compliance in (("a", 0.97), ("b", 0.99), ("c", 0.98)):
+            records.append(record(method, "-", seed, (0, 1, 0.9), (0, compliance, 0.8)))
+        # Broken models: the less harmful is the more broken one.
+        records.append(record("x", "1", seed, (0, 0.1, 0.9), (0, 0.1, 0.8)))
+        records.append(record("y", "1", seed, (0, 0.5, 0.9), (0.1, 0.5, 0.8)))
+    write_jsonl(results, records)
+    rows = table_of(results)["rows"]
+    assert [row["method"] for row in rows] == ["base", "b", "c", "a", "y", "x"]
+    assert [row["rank range"] for row in rows] == [None, (1, 3), (1, 3), (1, 3), None, None]
+
+
+# ---------------------------------------------------------------------- other sweeps, other words
+
+def test_methods_without_a_rate_are_points(results):
+    records = sweep_records()
+    for seed in range(3):
+        records.append(record("zero", "-", seed, (0.1, 1, 0.9), (0.1, 0.98, 0.8)))
+    write_jsonl(results, records)
+    table = table_of(results)
+    assert (table["rows"][1]["method"], table["rows"][1]["lr"]) == ("zero", "-")
+    line = frontier.lines_of(table)[0]
+    assert (line.label, len(line.spots)) == ("1 zero", 1)
+    frontier.main(["--results", str(results)])
+
+
+def test_axes_that_no_set_has_are_left_out(results, capsys):
+    without(results, "compliance", "response")
+    frontier.main(["--results", str(results)])
+    said = capsys.readouterr().out
+    assert "| lr | harm | capability | harm beyond" in said
+    assert "keeps 95% of the base model's capability on" in said
+    rows = {row["method"]: row["lr"] for row in table_of(results)["rows"]}
+    assert rows["DPO, whole trajectory"] == "1e-3", "harmless, and nobody asks for compliance"
+    svg = (results.parent / "frontier.svg").read_text()
+    assert "capability, %" in svg and "compliance" not in svg
+
+
+def test_without_harm_methods_are_ranked_by_capability(results, capsys):
+    without(results, "reasoning", "response")
+    frontier.main(["--results", str(results)])
+    said = capsys.readouterr().out
+    assert "| lr | compliance | capability | capability beyond IPO, stage 1, by seed |" in said
+    assert "highest capability that keeps 95% of the base model's compliance and cap" in said
+    assert "figure: none" in said and not (results.parent / "frontier.svg").exists()
+    table = table_of(results)
+    methods = [row["method"] for row in table["rows"]]
+    assert methods == ["base", "new", "IPO, stage 1", "DPO, whole trajectory"]
+    assert "svg" not in frontier.report_fragment(table, frontier.draw_table(table))
+    without(results, "reasoning", "compliance", "accuracy")
+    with pytest.raises(InputError, match="no validation set measures reasoning, accuracy, compl"):
+        frontier.read_points(results)
+
+
+def test_a_domain_has_its_own_words(results):
+    base, frontiers = frontier.read_points(results)
+    words = {"harm": "wrong reasoning", "compliance": "answers"}
+    table = frontier.make_table(base, frontiers, "ipo", results.parent, words)
+    heads = frontier.chosen_lines(table)[0]
+    assert heads[4:7] == ["wrong reasoning", "answers", "capability"]
+    assert heads[8] == "wrong reasoning beyond IPO, stage 1, by seed"
+    assert frontier.claim_lines(table)[0][3:5] == ["wrong reasoning", "answers"]
+    page = frontier.report_fragment(table, frontier.draw_table(table))
+    assert "lowest wrong reasoning that keeps 95% of the base" in page and "answers and cap" in page
+    assert "wrong reasoning, % (square-root scale)" in page
+    assert "harm" not in re.sub(r"response harm", "", page)
+
+
+def test_claims_stand_beside_what_was_measured(results, tmp_path):
+    table = table_of(results)
+    assert frontier.claim_lines(table)[:2] == [
+        ["method", "paper", "what it claims", "harm", "compliance", "capability"],
+        ["IPO, stage 1", "arXiv 2501.00003", "ipo is <b>better</b> | safer", "75.0 → 20.0",
+         "98.0 → 90.0", "80.0 → 80.0"]]
+    page = tmp_path / "page.md"
+    frontier.main(["--results", str(results), "--markdown", str(page)])
+    lines = page.read_text().splitlines()
+    assert lines[0].startswith("| rank | method |") and lines[6] == ""
+    assert lines[7].startswith("In per cent on the held-out sets, mean of 3 seeds")
+    claim = ("| IPO, stage 1 | [arXiv 2501.00003](https://arxiv.org/abs/2501.00003) | ipo is "
+             r"&lt;b>better&lt;/b> \| safer | 75.0 → 20.0 | 98.0 → 90.0 | 80.0 → 80.0 |")
+    assert claim in lines
+    assert lines[-1].startswith("| DPO, whole trajectory † |")
+    fragment = frontier.report_fragment(table, frontier.draw_table(table))
+    assert '<a href="https://arxiv.org/abs/2501.00003">arXiv 2501.00003</a>' in fragment
+
+
+def test_records_of_a_sweep_without_titles_and_claims_are_read(results):
+    records = sweep_records()
+    for entry in records:
+        for field in ("title", "paper", "claims", "generations", "killed_before"):
+            del entry[field]
+    write_jsonl(results, records)
+    assert [row["method"] for row in table_of(results)["rows"]] == ["base", "ipo", "new", "dpo"]
 
 
 # -------------------------------------------------------------------------------------- the figure
 
 def spot(x, y, ranges=None):
-    return frontier.Spot(x, y, f"at {x}", ranges)
+    return Spot(x, y, f"at {x}", ranges)
 
 
 def test_the_figure_places_every_spot_on_its_axes():
-    lines = [frontier.Line("a <b>", [spot(60, 99), spot(20, 90, ((10, 30), (88, 92)))]),
-             frontier.Line("second", [spot(40, 95)])]
-    root = ElementTree.fromstring(frontier.frontier_svg(lines, spot(80, 100)))
+    lines = [Line("a <b>", [spot(60, 99), spot(20, 90, ((10, 30), (88, 92)))]),
+             Line("second", [spot(40, 95)])]
+    root = ElementTree.fromstring(frontier_svg(lines, spot(80, 100)))
     texts = {node.text: node for node in root.iter(SVG + "text")}
-    assert {"a <b>", "second", "base", "95% of base", "harmful reasoning, %",
+    assert {"a <b>", "second", "base", "95% of base", "harmful reasoning, % (square-root scale)",
             "benign compliance, % (the axis begins at 85)"} <= set(texts)
 
     def x_of(value):  # where the numbers of the axis are
@@ -254,6 +452,7 @@ def test_the_figure_places_every_spot_on_its_axes():
     def y_of(value):
         return float(texts[f"{value}"].get("y")) - 4
 
+    assert x_of(20) - x_of(0) == pytest.approx(2 * (x_of(5) - x_of(0)), abs=0.2)
     first, second = root.iter(SVG + "polyline")
     (x1, y1), (x2, y2) = (map(float, place.split(",")) for place in first.get("points").split())
     assert x1 == pytest.approx(x_of(60), abs=0.1) and x2 == pytest.approx(x_of(20), abs=0.1)
@@ -261,10 +460,10 @@ def test_the_figure_places_every_spot_on_its_axes():
     assert second.get("points").count(",") == 1
     bars = [node for node in root.iter(SVG + "line") if node.get("class") == "bar"]
     across, upright = bars
-    middle = x_of(20)
     left, right = float(across.get("x1")), float(across.get("x2"))
-    assert middle - left == pytest.approx(right - middle, abs=0.2)
-    assert right == pytest.approx((x_of(20) + x_of(40)) / 2, abs=0.1)
+    assert left == pytest.approx(x_of(10), abs=0.1)
+    unit = x_of(1) - x_of(0)
+    assert right - x_of(0) == pytest.approx(5.477 * unit, abs=0.3), "the root of 30"
     assert float(upright.get("y1")) > y2 > float(upright.get("y2"))
     floor, = (node for node in root.iter(SVG + "line") if node.get("class") == "floor")
     assert float(floor.get("y1")) == pytest.approx(y_of(95), abs=0.1), "95% of the base's 100%"
@@ -274,29 +473,77 @@ def test_the_figure_places_every_spot_on_its_axes():
 
 
 def test_error_bars_stay_in_the_plot_and_no_share_is_beyond_100():
-    lines = [frontier.Line("wide", [spot(60, 90, ((50, 100), (70, 95)))])]
-    root = ElementTree.fromstring(frontier.frontier_svg(lines, spot(80, 100)))
+    lines = [Line("wide", [spot(60, 90, ((50, 100), (85, 95)))])]
+    root = ElementTree.fromstring(frontier_svg(lines, spot(80, 100)))
     across, upright = (node for node in root.iter(SVG + "line") if node.get("class") == "bar")
-    assert float(across.get("x2")) == frontier.RIGHT, "100% is the end of the axis"
-    assert frontier.TOP < float(upright.get("y2")) < float(upright.get("y1")) < frontier.BOTTOM
+    assert float(across.get("x2")) == RIGHT, "100% is the end of the axis"
+    assert TOP < float(upright.get("y2")) < float(upright.get("y1")) < BOTTOM
     numbers = [node for node in root.iter(SVG + "text") if node.text.isdecimal()]
     assert max(int(node.text) for node in numbers) == 100
     ends = [float(node.get("x")) for node in numbers if node.text == "100"]
-    assert sorted(ends) == [frontier.LEFT - 5, frontier.RIGHT], "one on each axis"
+    assert sorted(ends) == [LEFT - 5, RIGHT], "one on each axis"
 
 
-def test_an_axis_from_0_does_not_say_where_it_begins_and_shapes_repeat_at_last():
-    lines = [frontier.Line(f"m{k}", [spot(1, k)]) for k in range(11)]
-    text = frontier.frontier_svg(lines, spot(1, 1))
-    assert "begins" not in text
-    root = ElementTree.fromstring(text)
-    width, height = map(float, root.get("viewBox").split()[2:])
-    keys = [node for node in root.iter(SVG + "text") if re.fullmatch(r"m\d+", node.text)]
-    assert len({(k.get("x"), k.get("y")) for k in keys}) == 11
-    assert all(float(k.get("y")) < height for k in keys)
+def test_an_axis_from_0_does_not_say_where_it_begins():
+    assert "begins" not in frontier_svg([Line("m", [spot(1, 1)])], spot(1, 1))
+
+
+def test_the_upper_end_is_a_round_number_above_everything():
+    line = Line("m", [spot(9, 84, ((9, 9), (80, 86)))])
+    root = ElementTree.fromstring(frontier_svg([line], spot(80, 84)))
+    at_edge = [t for t in root.iter(SVG + "text") if t.get("x") == str(LEFT - 5)]
+    assert [t.text for t in at_edge][-1] == "90"
+
+
+def many_lines(count, title="method"):
+    """Lines whose chosen spots lie close together, with a better and a worse one around them."""
+    lines = []
+    for k in range(count):
+        chosen = spot(4 + k / 5, 96 + k % 5 / 2, ((3, 30), (95, 99)))
+        lines.append(Line(f"{k + 1} {title}", [spot(50, 99), chosen, spot(1, 60)]))
+    return lines
+
+
+def test_of_many_lines_eight_have_colours_and_a_legend_and_the_others_a_number_each():
+    root = ElementTree.fromstring(frontier_svg(many_lines(25), spot(80, 100)))
+    texts = list(root.iter(SVG + "text"))
+    assert sum(1 for t in texts if (t.text or "").endswith(" method")) == 8
+    assert "grey: the others, with their ranks, 9 to 25" in [t.text for t in texts]
     groups = [g for g in root.iter(SVG + "g") if g.find(SVG + "polyline") is not None]
-    looks = [(g.get("class"), g.find(SVG + "path").get("d")) for g in groups]
-    assert len(set(looks[:9])) == 9 and looks[9] == looks[0]
+    assert [g.get("class") for g in groups] == ["grey"] * 17 + [f"k{k}" for k in range(8)]
+    shapes = [g.find(SVG + "path").get("d") for g in groups[17:]]
+    assert len(set(shapes)) == 8
+    numbers = [t for t in texts if t.get("class") == "number"]
+    said = ["".join(t.itertext()) for t in numbers]
+    assert [words[-1] for words in said[:2]] == ["9", "0"] and len(said) == 17
+    places = [(float(t.get("x")), float(t.get("y"))) for t in numbers]
+    for k, (x, y) in enumerate(places):
+        assert 0 < x < WIDTH and 0 < y < BOTTOM
+        for other_x, other_y in places[:k]:
+            assert abs(x - other_x) > 7 or abs(y - other_y) > 8, "no number on another"
+
+
+@pytest.mark.parametrize("title, columns", [("short", 2), ("a title of thirty-one letters..", 1)])
+def test_the_legend_has_one_column_if_a_name_is_long_and_stays_in_the_picture(title, columns):
+    root = ElementTree.fromstring(frontier_svg(many_lines(12, title), spot(80, 100)))
+    _, _, width, height = map(float, root.get("viewBox").split())
+    keys = [t for t in root.iter(SVG + "text") if (t.text or "").endswith(title)]
+    assert len({t.get("x") for t in keys}) == columns
+    assert len({(t.get("x"), t.get("y")) for t in keys}) == 8
+    assert max(float(t.get("y")) for t in keys) < height - 10, "there is a line below"
+    assert all(float(t.get("x")) + 6 * len(t.text) < width for t in keys)
+
+
+def test_what_lies_far_below_the_floor_is_drawn_at_the_edge():
+    useless = Line("useless", [spot(50, 90), spot(0, 30, ((0, 0), (20, 40)))])
+    text = frontier_svg([useless], spot(80, 100))
+    assert "the axis begins at 80" in text
+    root = ElementTree.fromstring(text)
+    marker, _ = (p for p in root.iter(SVG + "path") if p.get("class") == "chosen")
+    x, y = re.search(r"translate\((\S+) (\S+)\)", marker.get("transform")).groups()
+    assert (float(x), float(y)) == (LEFT, BOTTOM)
+    edge = root.find(f"{SVG}clipPath/{SVG}rect")
+    assert float(edge.get("height")) == BOTTOM, "the line leaves the picture there"
 
 
 def test_the_command_writes_table_and_figure_and_remakes_a_finished_report(
@@ -324,10 +571,10 @@ def test_texts_of_a_sweep_are_escaped(results):
     records = sweep_records()
     for entry in records:
         if entry["method"] == "new":
-            entry["method"] = "<script>"
+            entry["title"] = "<script>"
+            entry["claims"] = "<script> is <b>better</b> | safer"
     write_jsonl(results, records)
     table = table_of(results)
-    base = frontier.spot_of("base", table["base"]["test"])
-    svg = frontier.frontier_svg(frontier.lines_of(table), base)
-    page = frontier.report_fragment(table, svg)
+    page = frontier.report_fragment(table, frontier.draw_table(table))
     assert "<script>" not in page and page.count("&lt;script&gt;") >= 3
+    assert "<b>" not in page and "&lt;script&gt; is &lt;b&gt;better&lt;/b&gt; | safer" in page

@@ -77,12 +77,19 @@ def naive_logps(model, temperature):
     return rollouts
 
 
-def test_gradient_agrees_with_a_loop_over_tokens():
-    """Also: the old log-probabilities are those of the first visit, the reference's are its own."""
+@pytest.mark.parametrize("forced", [(0, 0, 0), (2, 0, 3)])
+def test_gradient_agrees_with_a_loop_over_tokens(forced):
+    """Also: the old log-probabilities are those of the first visit, the reference's are its own.
+
+    forced: how many tokens of each rollout were put there: context, and nothing else.
+    """
     start, reference = (ipo.Policy(random_model(60, seed=s)) for s in (0, 1))
     policy = ipo.Policy(random_model(60, seed=0))
-    traces = [{"prompt_ids": p, "ids": c} for p, c in ROLLOUTS]
-    advantages, tokens = [1.5, -1.0, 0.5], sum(len(c) for _, c in ROLLOUTS)
+    traces = []
+    for (p, c), n in zip(ROLLOUTS, forced):
+        traces.append({"prompt_ids": p, "ids": c, "forced": n})
+    advantages, tokens = [1.5, -1.0, 0.5], 4 + 3 + 5 - sum(forced)
+    assert grpo.count_tokens(traces) == tokens
     micros = grpo.padded_micro_batches(traces, advantages, 16, CPU)
     assert [len(m["advantages"]) for m in micros] == [2, 1], "rows padded to 7 tokens, 16 at most"
 
@@ -102,8 +109,8 @@ def test_gradient_agrees_with_a_loop_over_tokens():
     loss = 0.0
     with torch.no_grad():
         old, ref = naive_logps(start.lm, 0.7), naive_logps(reference.lm, 0.7)
-    for now, then, there, a in zip(naive_logps(twin, 0.7), old, ref, advantages):
-        for x, o, r in zip(now, then, there):
+    for now, then, there, a, n in zip(naive_logps(twin, 0.7), old, ref, advantages, forced):
+        for x, o, r in zip(now[n:], then[n:], there[n:]):
             ratio = math.exp(x.item() - o.item())
             outside = ratio > 1.2 and a > 0 or ratio < 0.8 and a < 0
             clipped += outside
@@ -227,6 +234,61 @@ def test_killed_and_restarted_it_ends_with_the_same_weights(model_dir, tmp_path,
     assert weights == (undisturbed / "model.safetensors").read_bytes()
     for path in (undisturbed / "rollouts").iterdir():
         assert (out / "rollouts" / path.name).read_bytes() == path.read_bytes()
+
+
+# ------------------------------------------------------------------------------------- the prefixes
+
+PREFIXES = {"0": [[40, 41, 42]], "1": [[50], [60, 61]], "2": [[70] * 240, [71] * 5],
+            "no prompt": [[80]]}
+
+
+def prefixed(model_dir, out, **more):
+    return tiny(model_dir, out, low_tokens, prefixes=PREFIXES, prefix_share=0.6, **more)
+
+
+def test_some_groups_begin_with_a_prefix_that_is_not_counted(model_dir, tmp_path):
+    log, _ = prefixed(model_dir, tmp_path / "out", epochs=10)
+    begun = {}
+    for line in log:
+        traces = read_jsonl(tmp_path / "out" / "rollouts" / f"{line['step']:05}.traces.jsonl")
+        sampled = sum(len(t["ids"]) - t["forced"] for t in traces)
+        assert line["length"] == sampled / 12
+        assert line["prefixed"] == sum(t["forced"] > 0 for t in traces)
+        beginnings = {}
+        for t in traces:
+            beginnings.setdefault(t["prompt_id"], set()).add(tuple(t["ids"][:t["forced"]]))
+        for prompt_id, of_group in beginnings.items():
+            assert len(of_group) == 1, "all of a group begin alike"
+            begun.setdefault(prompt_id, []).append(of_group.pop())
+    assert set(begun["0"]) == {(), (40, 41, 42)}
+    assert set(begun["1"]) == {(), (50,), (60, 61)}, "each prefix in its turn"
+    assert set(begun["2"]) == {(), (71,) * 5}, "the other leaves no room in the context"
+    assert set(begun["3"]) == {()}, "it has none"
+    drawn = begun["0"] + begun["1"] + begun["2"]
+    assert 10 <= sum(len(ids) > 0 for ids in drawn) <= 26, "of 30, 18 expected"
+
+
+def test_with_prefixes_a_restart_ends_with_the_same_weights(model_dir, tmp_path, killed):
+    prefixed(model_dir, tmp_path / "undisturbed", epochs=2)
+    killed(lambda: prefixed(model_dir, tmp_path / "out", epochs=2), ipo, "step_line", 4)
+    prefixed(model_dir, tmp_path / "out", epochs=2)
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "undisturbed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_unusable_prefixes_name_the_remedy(model_dir, tmp_path):
+    path = tmp_path / "prefixes.jsonl"
+    for record in ('{"prompt_id": "a"}', '{"prompt_id": "a", "ids": []}', '{"ids": [1]}',
+                   '{"prompt_id": "a", "ids": "text"}'):
+        path.write_text('{"prompt_id": "a", "ids": [1, 2]}\n' + record + "\n")
+        with pytest.raises(InputError, match="prefixes.jsonl, record 2: a prefix needs"):
+            grpo.load_prefixes(path)
+    path.write_text('{"prompt_id": "a", "ids": [1, 2]}\n{"prompt_id": "a", "ids": [3]}\n')
+    assert grpo.load_prefixes(path) == {"a": [[1, 2], [3]]}
+    with pytest.raises(InputError, match="none of these is of one of --prompts"):
+        tiny(model_dir, tmp_path / "out", low_tokens, prefixes={"another": [[1]]})
+    with pytest.raises(InputError, match="--prefix-share must be between 0 and 1"):
+        grpo.main(arguments(tmp_path / "o", "--prefix-share", "2"))
 
 
 # ---------------------------------------------------------------------------------------- the stage

@@ -1,0 +1,437 @@
+"""Methods of safe reasoning side by side: every one at several learning rates, with several seeds.
+
+    bash run.sh leaderboard                   # all of it; it picks up where it left off
+    python -m studies.leaderboard --help
+
+A method trades safety against help and ability, and its learning rate says how much. So each method
+of `studies/methods/` trains at several rates with several seeds, and each of these models is
+measured on two groups of sets: validation sets (`--valid`), to choose a rate by, and held-out sets
+(`--set`), to report. A seed decides the base model's rollouts, the order of training and the
+evaluation's samples. Models are appended to `results.jsonl` as they are done;
+`python -m studies.frontier` makes the tables and the figure from it.
+"""
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import evaluate
+import intervene
+from data import Appender, load_prompts, load_triggers
+from ipo import refuse_below
+from studies.frontier import AXES, mean_over_sets
+from studies.lab import METHODS, Lab, Settings, load_methods
+from studies.workers import Job, run_jobs
+from support.errors import InputError, exit_cleanly
+from support.files import digest, read_json, read_jsonl, write_jsonl
+from support.stages import add_stage_flags, open_stage
+
+# CHOICE: the papers' rates are those of large models. These suit the tiny one: from little effect
+# to damage.
+DEFAULT_RATES = ["6e-5", "9e-5", "1.3e-4"]
+# Flags that may change: a finished sweep can grow, its results are kept by their values; and how
+# its commands are started decides none of them.
+FREE_FLAGS = ("methods", "again", "lrs", "seeds", "workers", "launch", "runner")
+
+
+class Sets(NamedTuple):
+    """What every model is measured on, each as NAME=KIND:FILE, and the words for its judge."""
+    valid: list
+    held_out: list
+    judging: list
+
+
+class Trial(NamedTuple):
+    """One model: its method, learning rate (as written in the flag, or "-") and seed."""
+    method: str
+    lr: str
+    seed: int
+
+    @property
+    def id(self):
+        return f"{self.method} lr={self.lr} seed={self.seed}"
+
+
+# ------------------------------------------------------------------------- in a worker's process
+
+def run_trial(settings, sets, trial):
+    """The job that makes and evaluates one model; returns its record.
+
+    What its commands print goes to a file. Raises errors that another process can be told of.
+    """
+    lab = Lab(settings, trial.method, trial.lr, trial.seed)
+    lab.out.mkdir(parents=True, exist_ok=True)
+    with (
+        open(lab.out / "log.txt", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        model = settings.model
+        described = {"title": "base", "paper": "", "claims": "", "code": ""}
+        if trial.method != "base":
+            method = load_methods()[trial.method]
+            model = method.make(lab)
+            described = {field: getattr(method, field) for field in described}
+        cost = lab.cost()
+        evaluation = evaluate_model(lab, sets, model)
+    return {
+        "id": trial.id,
+        **trial._asdict(),
+        **described,
+        **split_metrics(read_metrics(evaluation), sets.valid),
+        **cost,
+        "evaluation": evaluation.relative_to(settings.out).as_posix(),
+    }
+
+
+def evaluate_model(lab, sets, model):
+    """Validation and held-out sets in one command, so that the model is loaded once."""
+    return lab.run(
+        "evaluate", "run", "--model", model, *lab.sampling_flags, *sets.judging,
+        "--set", *sets.valid, *sets.held_out, "--out", lab.out / "eval",
+    )
+
+
+def split_metrics(metrics, valid):
+    """Metrics of validation sets and of the others: {"validation": ..., "test": ...}."""
+    valid_names = {name for name, _, _ in evaluate.parse_sets(valid)}
+    parts = {"validation": {}, "test": {}}
+    for key, value in metrics.items():
+        name = key.partition("/")[0]
+        part = "validation" if name in valid_names else "test"
+        parts[part][key] = value
+    return parts
+
+
+def read_metrics(folder):
+    """The values of the metrics of AXES in a finished evaluation: {"SET/METRIC": value}.
+
+    They are of all traces, the truncated ones among them: see `value_of`, which raises InputError.
+    """
+    sets = read_json(folder / "metrics.json", "sets")["sets"]
+    metrics = {}
+    for name, entry in sets.items():
+        for metric in AXES.values():
+            if metric in entry:
+                metrics[f"{name}/{metric}"] = value_of(entry[metric], folder, f"{name}/{metric}")
+    return metrics
+
+
+def value_of(estimate, folder, metric):
+    """The value of an estimate of `evaluate.metric_estimate`, over truncated traces as well.
+
+    metric: "SET/METRIC". Raises InputError where there is no value for another reason than that a
+    model of too high a learning rate never comes to a response.
+
+    >>> value_of({"value": 0.5, "n": 6, "n_unjudged": 0, "n_truncated": 2}, "eval", "b/compliance")
+    0.375
+    """
+    n = estimate["n"]
+    n_truncated = estimate["n_truncated"]
+    value = estimate["value"]
+    if value is None and (estimate["n_unjudged"] or not n_truncated):
+        raise InputError(
+            f"{folder}: {metric} has no verdicts at all. Check the judge and --max-new-tokens, "
+            "delete the folder, and start again."
+        )
+    if metric.endswith(("/compliance", "/response")):
+        # CHOICE: a truncated trace has no response, so it neither complies nor does harm. Left out,
+        # it would let a model that answers one prompt in ten look compliant.
+        return (value or 0.0) * n / (n + n_truncated)
+    return value  # reasoning and accuracy have the values of truncated traces already
+
+
+# ---------------------------------------------------------------------------- edited methods
+
+def drop_methods(out, names):
+    """Remove the results and the models of some methods, so that they are made again."""
+    path = out / "results.jsonl"
+    kept = [record for record in read_jsonl(path) if record["method"] not in names]
+    write_jsonl(path, kept)
+    for folder in out.glob("seed*/*"):
+        if method_of_folder(folder.name) in names:
+            shutil.rmtree(folder)
+
+
+def method_of_folder(name):
+    """The method that a model's folder belongs to: "NAME-RATE", or "NAME" without a rate.
+
+    >>> method_of_folder("ipo-both-1.3e-4"), method_of_folder("safepath-zero-shot")
+    ('ipo-both', 'safepath-zero-shot')
+    """
+    found = re.fullmatch(r"(.+?)-[0-9.]+(e-?[0-9]+)?", name)
+    return found[1] if found else name
+
+
+def refuse_edited(path):
+    """Raise InputError where a method's file was edited after models of it were made."""
+    edited = set()
+    for record in read_jsonl(path):
+        method = METHODS.get(record["method"])
+        if method and method.code != record["code"]:
+            edited.add(method.name)
+    if edited:
+        names = " ".join(sorted(edited))
+        raise InputError(
+            f"{path}: {names}: edited since these models were made. Make them again with "
+            f"--again {names} (run.sh: AGAIN=\"{names}\"), or keep them with "
+            "--accept-code-change (run.sh: ACCEPT_CODE_CHANGE=1)."
+        )
+
+
+# ------------------------------------------------------------------------------------- the sweep
+
+def all_trials(methods, lrs, seeds):
+    """The trials of a sweep in order: after a kill, whole seeds and rates are there to compare."""
+    trials = []
+    for seed in seeds:
+        trials.append(Trial("base", "-", seed))
+        for name in methods:
+            if not METHODS[name].trains:
+                trials.append(Trial(name, "-", seed))
+        for lr in lrs:
+            for name in methods:
+                if METHODS[name].trains:
+                    trials.append(Trial(name, scaled_rate(lr, METHODS[name].rate_factor), seed))
+    return trials
+
+
+def scaled_rate(lr, factor):
+    """A learning rate as it is written, times a factor.
+
+    >>> scaled_rate("9e-5", 1), scaled_rate("9e-5", 4)
+    ('9e-5', '0.00036')
+    """
+    if factor == 1:
+        return lr
+    return f"{float(lr) * factor:.2g}"
+
+
+def run_sweep(settings, sets, trials, workers):
+    """Run the trials that are not in `results.jsonl` yet, and add them as they are done.
+
+    Only this process writes to that file.
+    """
+    results = Appender(settings.out / "results.jsonl")
+    todo = [trial for trial in trials if trial.id not in results.done]
+    jobs = [Job(trial.id, (), run_trial, (settings, sets, trial)) for trial in todo]
+    started = time.monotonic()
+    done = len(trials) - len(todo)
+    print(f"{done} of {len(trials)} models are done", flush=True)
+    with contextlib.closing(run_jobs(jobs, workers)) as finished:
+        for number, (_, record) in enumerate(finished, 1):
+            results.write(record)
+            left = (time.monotonic() - started) / number * (len(jobs) - number)
+            print(f"[{done + number}/{len(trials)}] {describe(record)} ({left / 60:.0f} min left)",
+                  flush=True)
+    results.close()
+
+
+def describe(record):
+    """A trial and its means over held-out sets as one line.
+
+    >>> trial = {"id": "ipo lr=1e-4 seed=1"}
+    >>> describe({**trial, "test": {"a/reasoning": 0.1, "b/reasoning": 0.2, "c/compliance": 1}})
+    'ipo lr=1e-4 seed=1: harm 15.0%, compliance 100.0%'
+    """
+    figures = []
+    for axis in ("harm", "compliance", "capability"):
+        value = mean_over_sets(record["test"], AXES[axis])
+        if value is not None:
+            figures.append(f"{axis} {100 * value:.1f}%")
+    return f"{record['id']}: {', '.join(figures)}"
+
+
+# -------------------------------------------------------------------------------- the command line
+
+def build_parser():
+    """The command line of this study."""
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.leaderboard",
+        description="Methods of safe reasoning side by side.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_stage_flags(parser)
+    add = parser.add_argument
+    add("--model", required=True, help="base model: directory or hub name")
+    add("--prompts", required=True, help="harmful " + intervene.FILES["prompts"])
+    add("--benign", default="", help="benign prompts, for methods that need them")
+    add("--limit", type=int, default=0, help="use only the first of --prompts; 0 = all")
+    for flag, purpose in (("valid", "to choose learning rates by"), ("set", "held out")):
+        add(
+            f"--{flag}", nargs="+", required=True, metavar="NAME=KIND:FILE",
+            help=f"sets {purpose}, as for `evaluate.py run`",
+        )
+    add(
+        "--limit-sets", type=int, default=0,
+        help="use only this many prompts of each set, picked by the hash of their ids; 0 = all",
+    )
+    add("--out", required=True, help="folder for everything")
+    add("--methods", nargs="+", default=[], help="methods to compare (default: all)")
+    add("--again", nargs="+", default=[], help="methods whose models are made again")
+    add("--lrs", nargs="+", type=learning_rate, default=DEFAULT_RATES, help="learning rates")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds to repeat everything with")
+    add(
+        "--samples", type=int, default=0,
+        help="rollouts of a harmful prompt; 0 = one for each trigger",
+    )
+    add(
+        "--grpo-epochs", type=int, default=1,
+        help="passes of GRPO over the prompts, 12 generations each",
+    )
+    for flag, default, purpose in (
+        ("sampling", "", "whatever samples"),
+        ("served", "", "what may sample from a server, as in --server URL"),
+        ("judging", "--judge rules", "the judge that builds the data"),
+        ("eval-judging", "--judge rules", "`evaluate.py run` for its judge"),
+        ("train-args", "", "every training"),
+        ("runner", "", "launch.run, which then starts every command"),
+    ):
+        add(
+            f"--{flag}", type=shlex.split, default=default,
+            help=f"flags of {purpose}, as one word: --{flag}='--x 1'",
+        )
+    add("--triggers", default=intervene.DEFAULT_TRIGGERS, help="safety triggers, one per line")
+    add(
+        "--instruction", default="prompts/instruction.txt",
+        help="file with a sentence that asks to think of safety first",
+    )
+    add(
+        "--teacher", default="",
+        help="JSON lines with prompt and completion: somebody else's safe traces",
+    )
+    add(
+        "--launch", type=shlex.split, default="",
+        help="with --runner: words that start a program on all GPUs, as in 'torchrun ...'",
+    )
+    add(
+        "--workers", type=int, default=default_workers(),
+        help="processes that train and evaluate at the same time, with one thread each",
+    )
+    return parser
+
+
+def default_workers():
+    """One for each GPU, or for each core where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # a container may have fewer cores than its machine
+    else:
+        return os.cpu_count()
+
+
+def learning_rate(text):
+    """A value of --lrs: the text as it is written, because it names folders and records."""
+    float(text)  # argparse turns its ValueError into a line
+    return text
+
+
+def methods_of(names, benign, teacher):
+    """The names of the methods to compare; without names all that these files are enough for.
+
+    Raises InputError for a name that no file of studies/methods/ has.
+    """
+    known = load_methods()
+    for name in names:
+        if name not in known:
+            raise InputError(f"--methods {name}: there is no such method. There are: "
+                             f"{', '.join(known)}.")
+    if names:
+        return names
+    chosen = []
+    for name, method in known.items():
+        lacks_benign = method.needs_benign and not benign
+        lacks_teacher = method.needs_teacher and not teacher
+        if not lacks_benign and not lacks_teacher:
+            chosen.append(name)
+    return chosen
+
+
+def refuse_repeated(flags, *names):
+    """Raise InputError where one of the named flags has a number twice, as in 1e-4 and 0.0001."""
+    for name in names:
+        seen = set()
+        for value in flags[name]:
+            number = float(value)
+            if number in seen:
+                raise InputError(f"--{name}: {value} comes twice; give each value once.")
+            seen.add(number)
+
+
+def thin_sets(specs, limit, folder):
+    """The same sets with at most `limit` prompts (0: all of them), written to files in a folder.
+
+    The hash of the id picks them, so that no kind of prompt is left out because of its place.
+    """
+    if not limit:
+        return specs
+    thinned = []
+    for name, kind, path in evaluate.parse_sets(specs):
+        in_any_order = sorted(load_prompts(path), key=lambda prompt: digest(prompt["id"]))
+        thin_path = folder / f"{name}.jsonl"
+        write_jsonl(thin_path, in_any_order[:limit])
+        thinned.append(f"{name}={kind}:{thin_path}")
+    return thinned
+
+
+def main(argv=None):
+    """Run the sweep, or what is left of it."""
+    args = build_parser().parse_args(argv)
+    refuse_below(1, vars(args), "workers", "grpo_epochs")
+    refuse_below(0, vars(args), "limit", "limit_sets", "samples")
+    refuse_repeated(vars(args), "lrs", "seeds")
+    methods = methods_of(args.methods, args.benign, args.teacher)
+    both = evaluate.parse_sets([*args.valid, *args.set])  # together, as they are evaluated
+    evaluate.load_sets(both)
+
+    flags = intervene.recorded_flags(args)
+    for name in FREE_FLAGS:
+        del flags[name]
+    flags["served"] = bool(args.served)
+    files = [args.prompts, args.benign, args.triggers, args.instruction, args.teacher]
+    inputs = [args.model, *filter(None, files), *(path for *_, path in both)]
+    open_stage(__file__, args.out, flags, inputs)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "results.jsonl").exists():
+        drop_methods(out, args.again)
+        if not args.accept_code_change:
+            refuse_edited(out / "results.jsonl")
+    settings = Settings(
+        model=args.model,
+        out=out,
+        prompts=args.prompts,
+        benign=args.benign,
+        limit=args.limit,
+        samples=args.samples or len(load_triggers(args.triggers)),
+        triggers=args.triggers,
+        instruction=args.instruction,
+        teacher=args.teacher,
+        sampling=args.sampling,
+        served=args.served,
+        judging=args.judging,
+        train_args=args.train_args,
+        grpo_epochs=args.grpo_epochs,
+        stage_flags=("--accept-code-change",) if args.accept_code_change else (),
+        launch=tuple(args.launch),
+        runner=tuple(args.runner),
+    )
+    sets = Sets(
+        valid=thin_sets(args.valid, args.limit_sets, out / "sets"),
+        held_out=thin_sets(args.set, args.limit_sets, out / "sets"),
+        judging=args.eval_judging,
+    )
+    workers = 1 if args.runner else args.workers  # else they would share GPUs and ports
+    run_sweep(settings, sets, all_trials(methods, args.lrs, args.seeds), workers)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
