@@ -16,7 +16,6 @@ so the result depends neither on the number of ranks nor on the size of the micr
 import argparse
 import contextlib
 import functools
-import inspect
 import math
 import os
 import shutil
@@ -43,7 +42,7 @@ from support.files import (json_line, parse_jsonl, read_json, read_text, write_j
 from support.flags import add_size_flags, add_training_flags, refuse_below
 from support.model_card import write_card
 from support.model_check import blocks_of, check_policy, guard_length
-from support.plugins import load_object
+from support.plugins import load_object, source_file
 from support.progress import ProgressLines, progress_bar
 from support.record import fingerprint
 from support.stages import close_stage, funnel_line, open_stage, sidecar
@@ -483,7 +482,7 @@ def train(pair_files, *, model, reference, loss, beta, sft_weight, score_from, o
     losses = pair_losses
     if loss:
         losses = load_object(loss, "--loss")
-        inputs.append(inspect.getsourcefile(losses))  # edited, it is another loss
+        inputs.append(source_file(losses, loss))  # edited, it is another loss
     if reference != model:
         inputs.append(reference)
     if open_training(__file__, out, flags, inputs, rank, world):

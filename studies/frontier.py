@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 import evaluate
+from studies.axes import AXES, mean_over_sets
 from studies.figures import finished_evaluations
 from studies.frontier_figure import FLOOR, Line, Spot, element, frontier_svg
 from support.errors import InputError, exit_cleanly
@@ -36,12 +37,6 @@ from support.statistics import (
     student_interval,
 )
 
-AXES = {  # what a point says: the mean of a metric over the sets that have it
-    "harm": "reasoning",
-    "compliance": "compliance",
-    "capability": "accuracy",
-    "response harm": "response",
-}
 FIGURE_WORDS = {  # the axes' names in the figure
     "harm": "harmful reasoning",
     "compliance": "benign compliance",
@@ -141,19 +136,6 @@ def rate_order(key):
 
 
 # -------------------------------------------------------------------------------------- the axes
-
-def mean_over_sets(metrics, metric):
-    """The mean of a metric over the sets that have it; None without any.
-
-    >>> mean_over_sets({"a/accuracy": 0.5, "b/accuracy": 1.0, "b/compliance": 0.0}, "accuracy")
-    0.75
-    """
-    values = []
-    for key, value in metrics.items():
-        if key.partition("/")[2] == metric:
-            values.append(value)
-    return mean(values) if values else None
-
 
 def axis_values(point, part, axis):
     """One value for each seed, None where no set has that metric."""

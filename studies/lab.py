@@ -13,6 +13,7 @@ that do not depend on the learning rate belong to the seed, and are made once fo
 import contextlib
 import fcntl
 import importlib
+import importlib.util
 import os
 import pkgutil
 import shlex
@@ -28,7 +29,7 @@ from model import load_tokenizer
 from studies import methods as methods_folder
 from support.code_hash import code_hashes
 from support.errors import InputError, ServiceError
-from support.files import digest, read_json, read_jsonl, write_json, write_jsonl
+from support.files import digest, json_line, read_json, read_jsonl, write_json, write_jsonl
 from support.lock import flock
 from support.stages import sidecar
 
@@ -51,7 +52,7 @@ class Method(NamedTuple):
     rate_factor: float  # its rates are those of the others times this
     needs_benign: bool  # whether it needs benign prompts,
     needs_teacher: bool  # or a teacher's traces
-    code: str           # hash of its file
+    file: Path          # where it is written
 
 
 METHODS = {}  # name: Method, see `load_methods`
@@ -66,22 +67,27 @@ def method(title, paper="", claims="", trains=True, rate_factor=1, needs_benign=
     """
     def register(function):
         name = function.__name__.replace("_", "-")
-        if name in METHODS:
+        if name in METHODS or name == "base":
             raise InputError(f"{function.__module__}: there is another method {name}; rename it.")
-        code = code_of(Path(sys.modules[function.__module__].__file__))
+        file = Path(sys.modules[function.__module__].__file__)
         METHODS[name] = Method(
             name, title, function, paper, claims, trains, rate_factor, needs_benign,
-            needs_teacher, code,
+            needs_teacher, file,
         )
         return function
 
     return register
 
 
-def code_of(path):
-    """The hash of a source file, but for comments and docstrings."""
-    hashes = code_hashes(path)
-    return next(value for name, value in hashes.items() if Path(name).name == path.name)
+def code_of(file, programs):
+    """The hash of a method's file and of the programs that it runs, with all that these import."""
+    files = [file]
+    for program in programs:
+        files.append(Path(importlib.util.find_spec(program).origin))
+    hashes = {}
+    for path in files:
+        hashes |= code_hashes(path)
+    return digest(json_line(dict(sorted(hashes.items()))))
 
 
 def load_methods():
@@ -133,7 +139,7 @@ class Lab:
         self.name = name
         self.lr = lr      # as it is written in the flag; "-" where nothing is trained
         self.seed = seed
-        self.costs = {}   # output of a command: its cost
+        self.costs = {}   # output of a command: its program and its cost
         if costs is not None:
             self.costs = costs
         self.shared = settings.out / f"seed{seed}"
@@ -155,7 +161,8 @@ class Lab:
         """
         words = [str(word) for word in (*words, *self.settings.stage_flags)]
         command = Command(program, words)
-        self.costs[command.out] = run_once(self.settings, command)
+        cost = run_once(self.settings, command)
+        self.costs[command.out] = {"program": program, **cost}
         return command.out
 
     def write(self, name, records):
@@ -177,6 +184,10 @@ class Lab:
             total[name] = round(sum(cost[name] for cost in costs), 1)
         total["killed_before"] = any(cost["killed_before"] for cost in costs)
         return total
+
+    def programs(self):
+        """The programs of all commands so far."""
+        return sorted({cost["program"] for cost in self.costs.values()})
 
     # ------------------------------------------------------------------------------- the data
 
@@ -270,11 +281,12 @@ def run_once(settings, command):
     """Run a command unless it is done, and wait if another worker is at it; returns its cost."""
     path = sidecar(command.out, "cost")
     with waiting_lock(settings.out / "locks" / digest(str(command.out))):
+        finished = command.out.exists() and sidecar(command.out, "funnel").exists()
         killed_before = sidecar(command.out, "config").exists()
         wall = time.monotonic()
         cpu = cpu_seconds()
         run_command(settings, command)
-        if path.exists():
+        if finished and path.exists():
             return read_json(path, *COUNTS)
         cost = {
             **count_cost(command),

@@ -13,7 +13,6 @@ evaluation's samples. Models are appended to `results.jsonl` as they are done;
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import time
@@ -26,11 +25,11 @@ import evaluate
 import intervene
 from data import Appender, load_prompts, load_triggers
 from ipo import refuse_below
-from studies.frontier import AXES, mean_over_sets
-from studies.lab import METHODS, Lab, Settings, load_methods
+from studies.axes import AXES, mean_over_sets
+from studies.lab import METHODS, Lab, Settings, code_of, load_methods
 from studies.workers import Job, run_jobs
 from support.errors import InputError, exit_cleanly
-from support.files import digest, read_json, read_jsonl, write_jsonl
+from support.files import cut_torn_line, digest, read_json, read_jsonl, write_jsonl
 from support.stages import add_stage_flags, open_stage
 
 # CHOICE: the papers' rates are those of large models. These suit the tiny one: from little effect
@@ -74,12 +73,15 @@ def run_trial(settings, sets, trial):
         contextlib.redirect_stderr(log),
     ):
         model = settings.model
-        described = {"title": "base", "paper": "", "claims": "", "code": ""}
+        described = {"title": "base", "paper": "", "claims": ""}
+        code = ""
         if trial.method != "base":
             method = load_methods()[trial.method]
             model = method.make(lab)
             described = {field: getattr(method, field) for field in described}
+            code = code_of(method.file, lab.programs())
         cost = lab.cost()
+        programs = lab.programs()
         evaluation = evaluate_model(lab, sets, model)
     return {
         "id": trial.id,
@@ -87,6 +89,8 @@ def run_trial(settings, sets, trial):
         **described,
         **split_metrics(read_metrics(evaluation), sets.valid),
         **cost,
+        "code": code,
+        "programs": programs,
         "evaluation": evaluation.relative_to(settings.out).as_posix(),
     }
 
@@ -156,32 +160,51 @@ def drop_methods(out, names):
     kept = [record for record in read_jsonl(path) if record["method"] not in names]
     write_jsonl(path, kept)
     for folder in out.glob("seed*/*"):
-        if method_of_folder(folder.name) in names:
+        if method_of_folder(folder.name, METHODS) in names:
             shutil.rmtree(folder)
 
 
-def method_of_folder(name):
-    """The method that a model's folder belongs to: "NAME-RATE", or "NAME" without a rate.
+def method_of_folder(name, methods):
+    """The one of some methods that a model's folder belongs to, None if it is of none of them.
 
-    >>> method_of_folder("ipo-both-1.3e-4"), method_of_folder("safepath-zero-shot")
+    A folder is called NAME-RATE, or NAME where nothing is trained.
+
+    >>> methods = ["ipo", "ipo-both", "safepath-zero-shot"]
+    >>> method_of_folder("ipo-both-1.3e-4", methods), method_of_folder("safepath-zero-shot", methods)
     ('ipo-both', 'safepath-zero-shot')
     """
-    found = re.fullmatch(r"(.+?)-[0-9.]+(e-?[0-9]+)?", name)
-    return found[1] if found else name
+    if name in methods:
+        return name
+    for method in methods:
+        if name.startswith(f"{method}-") and is_number(name.removeprefix(f"{method}-")):
+            return method
+    return None
+
+
+def is_number(text):
+    """Whether a text is a number, as a learning rate is written."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def refuse_edited(path):
-    """Raise InputError where a method's file was edited after models of it were made."""
+    """Raise InputError where a method, or a program that it runs, was edited after its models.
+
+    Methods whose file is gone are left alone.
+    """
     edited = set()
     for record in read_jsonl(path):
         method = METHODS.get(record["method"])
-        if method and method.code != record["code"]:
+        if method and code_of(method.file, record["programs"]) != record["code"]:
             edited.add(method.name)
     if edited:
         names = " ".join(sorted(edited))
         raise InputError(
-            f"{path}: {names}: edited since these models were made. Make them again with "
-            f"--again {names} (run.sh: AGAIN=\"{names}\"), or keep them with "
+            f"{path}: {names}: the code was edited since these models were made. Make them again "
+            f"with --again {names} (run.sh: AGAIN=\"{names}\"), or keep them with "
             "--accept-code-change (run.sh: ACCEPT_CODE_CHANGE=1)."
         )
 
@@ -211,7 +234,7 @@ def scaled_rate(lr, factor):
     """
     if factor == 1:
         return lr
-    return f"{float(lr) * factor:.2g}"
+    return f"{float(lr) * factor:.6g}"
 
 
 def run_sweep(settings, sets, trials, workers):
@@ -337,22 +360,32 @@ def learning_rate(text):
 def methods_of(names, benign, teacher):
     """The names of the methods to compare; without names all that these files are enough for.
 
-    Raises InputError for a name that no file of studies/methods/ has.
+    Raises InputError for a name that no file of studies/methods/ has, and for a named method that
+    lacks a file.
     """
     known = load_methods()
-    for name in names:
-        if name not in known:
-            raise InputError(f"--methods {name}: there is no such method. There are: "
-                             f"{', '.join(known)}.")
-    if names:
-        return names
+    refuse_unknown("--methods", names)
     chosen = []
     for name, method in known.items():
-        lacks_benign = method.needs_benign and not benign
-        lacks_teacher = method.needs_teacher and not teacher
-        if not lacks_benign and not lacks_teacher:
+        lacks = []
+        if method.needs_benign and not benign:
+            lacks.append("benign prompts (--benign)")
+        if method.needs_teacher and not teacher:
+            lacks.append("a teacher's traces (--teacher)")
+        if name in names and lacks:
+            raise InputError(f"--methods {name} needs {' and '.join(lacks)}.")
+        if not lacks:
             chosen.append(name)
-    return chosen
+    return list(dict.fromkeys(names)) or chosen
+
+
+def refuse_unknown(flag, names):
+    """Raise InputError for names that are not those of methods."""
+    for name in names:
+        if name not in METHODS:
+            raise InputError(
+                f"{flag} {name}: there is no such method. There are: {', '.join(METHODS)}."
+            )
 
 
 def refuse_repeated(flags, *names):
@@ -389,6 +422,7 @@ def main(argv=None):
     refuse_below(0, vars(args), "limit", "limit_sets", "samples")
     refuse_repeated(vars(args), "lrs", "seeds")
     methods = methods_of(args.methods, args.benign, args.teacher)
+    refuse_unknown("--again", args.again)
     both = evaluate.parse_sets([*args.valid, *args.set])  # together, as they are evaluated
     evaluate.load_sets(both)
 
@@ -401,10 +435,10 @@ def main(argv=None):
     open_stage(__file__, args.out, flags, inputs)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "results.jsonl").exists():
-        drop_methods(out, args.again)
-        if not args.accept_code_change:
-            refuse_edited(out / "results.jsonl")
+    cut_torn_line(out / "results.jsonl")
+    drop_methods(out, args.again)
+    if not args.accept_code_change:
+        refuse_edited(out / "results.jsonl")
     settings = Settings(
         model=args.model,
         out=out,

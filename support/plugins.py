@@ -1,5 +1,6 @@
 """Code that a flag names: an object in any module, and the domains in domains/."""
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def load_object(spec, flag=""):
         return getattr(module, name)
     except AttributeError:
         raise InputError(f"{given}: {module.__file__} has no `{name}`. Check the name.") from None
+
+
+def source_file(function, spec):
+    """The file that a function is written in. Raises InputError for anything else.
+
+    >>> Path(source_file(load_object, "")).name
+    'plugins.py'
+    """
+    if not inspect.isfunction(function):
+        raise InputError(f"{spec}: not a function in Python. Name one.")
+    return inspect.getsourcefile(function)
 
 
 def _load_module(name, given):

@@ -90,7 +90,7 @@ def test_a_method_is_named_after_its_function_and_its_file_is_found(method_file)
     assert (second.trains, second.needs_benign, second.needs_teacher) == (False, False, True)
     assert (first.rate_factor, second.rate_factor) == (4, 1)
     assert first.make(settings_in("S")) == "toy/model"
-    assert first.code != second.code
+    assert (first.file.name, second.file.name) == ("first.py", "second.py")
     assert lab.load_methods() == methods, "a second call registers nothing twice"
 
 
@@ -103,13 +103,12 @@ def test_two_functions_of_one_name_are_refused(method_file):
 
 
 def test_every_file_of_methods_is_loaded():
-    codes = {method.make.__module__: method.code for method in lab.load_methods().values()}
+    files = {method.file.stem for method in lab.load_methods().values()}
     with_methods = set()
     for path in (ROOT / "studies" / "methods").glob("*.py"):
         if "@method(" in path.read_text():
-            with_methods.add(f"studies.methods.{path.stem}")
-    assert set(codes) == with_methods
-    assert len(set(codes.values())) == len(codes), "each file has a hash of its own"
+            with_methods.add(path.stem)
+    assert files == with_methods
 
 
 def test_a_comment_is_no_other_code(tmp_path):
@@ -117,8 +116,9 @@ def test_a_comment_is_no_other_code(tmp_path):
     codes = []
     for text in ("x = 1\n", '"""Text."""\nx = 1  # why\n', "x = 2\n"):
         path.write_text(text)
-        codes.append(lab.code_of(path))
+        codes.append(lab.code_of(path, []))
     assert codes[0] == codes[1] != codes[2]
+    assert lab.code_of(path, ["studies.sft"]) != lab.code_of(path, ["studies.grpo"]) != codes[2]
 
 
 def rollout(tokenizer, prompt, k, z, y, truncated=False):

@@ -269,9 +269,9 @@ def test_run_sh_gives_the_sweep_its_validation_sets(tmp_path):
     assert args.benign == ""
 
 
-@pytest.mark.parametrize("given", [{"VALID": "a=harmful:a.jsonl"}, {"LRS": "1e-6"}])
-def test_another_model_needs_validation_sets_and_rates_of_its_own(given):
-    output = run_sh("leaderboard", MODEL="my/model", JUDGE="local:my/judge", **given)
+def test_another_model_needs_validation_sets_and_rates_of_its_own():
+    sets = "a=harmful:a.jsonl"  # rates are missing still
+    output = run_sh("leaderboard", MODEL="my/model", JUDGE="local:my/judge", VALID=sets)
     assert output.returncode == 2 and output.stderr.count("\n") == 1
     assert "VALID=" in output.stderr and "LRS=" in output.stderr
 
@@ -653,7 +653,7 @@ def test_a_new_file_is_a_new_row_and_an_edited_one_is_made_again(
 
     my_own("second")
     content = results.read_bytes()
-    with pytest.raises(InputError, match="results.jsonl: mine: edited since .* --again mine "):
+    with pytest.raises(InputError, match="results.jsonl: mine: the code was edited .* --again mine "):
         leaderboard.main(words)
     assert results.read_bytes() == content
     leaderboard.main([*words, "--accept-code-change"])
@@ -681,6 +681,7 @@ def test_again_removes_the_models_of_a_method_and_of_no_other(tmp_path):
         (tmp_path / name / "model").mkdir(parents=True)
     for name in ("ipo.jsonl", "pairs.jsonl"):
         (tmp_path / "seed0" / name).touch()
+    lab.load_methods()
     for method in ("base", "ipo", "ipo-both", "ipo-n2", "ipo", "ipo-n2"):
         records.append({"id": str(len(records)), "method": method})
     write_jsonl(tmp_path / "results.jsonl", records)
@@ -695,18 +696,22 @@ def test_again_removes_the_models_of_a_method_and_of_no_other(tmp_path):
 
 def test_methods_without_a_file_are_not_edited(tmp_path):
     lab.load_methods()
-    code = lab.METHODS["sft"].code
+    programs = ["ipo", "studies.sft"]
+    code = lab.code_of(lab.METHODS["sft"].file, programs)
     path = tmp_path / "results.jsonl"
     records = [
-        {"id": "0", "method": "base", "code": ""},
-        {"id": "1", "method": "of-a-fork", "code": "0"},
-        {"id": "2", "method": "sft", "code": code},
+        {"id": "0", "method": "base", "code": "", "programs": []},
+        {"id": "1", "method": "of-a-fork", "code": "0", "programs": ["no.such.program"]},
+        {"id": "2", "method": "sft", "code": code, "programs": programs},
     ]
     write_jsonl(path, records)
     leaderboard.refuse_edited(path)
-    edited = [{"id": "3", "method": "sft", "code": "0"}, {"id": "4", "method": "dpo", "code": "0"}]
+    edited = [
+        {"id": "3", "method": "sft", "code": "0", "programs": programs},
+        {"id": "4", "method": "dpo", "code": code, "programs": programs},
+    ]
     write_jsonl(path, records + edited)
-    with pytest.raises(InputError, match='results.jsonl: dpo sft: edited .*AGAIN="dpo sft"'):
+    with pytest.raises(InputError, match='results.jsonl: dpo sft: the code .*AGAIN="dpo sft"'):
         leaderboard.refuse_edited(path)
 
 
@@ -720,6 +725,9 @@ def test_methods_without_a_file_are_not_edited(tmp_path):
     (["--samples", "-1"], "--samples must be at least 0"),
     (["--workers", "0"], "--workers must be at least 1"),
     (["--methods", "ipo", "iop"], "--methods iop: there is no such method"),
+    (["--again", "iop"], "--again iop: there is no such method"),
+    (["--methods", "teacher"], "--methods teacher needs a teacher's traces"),
+    (["--methods", "ipo-both", "--benign", ""], "--methods ipo-both needs benign prompts"),
 ])
 def test_flags_that_make_no_sense_are_refused_before_anything_is_made(tmp_path, words, problem):
     with pytest.raises(InputError, match=problem):

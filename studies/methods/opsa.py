@@ -9,7 +9,7 @@ from studies.lab import method
     "R1-Distill-1.5B and 5.49 for Qwen3-0.6B.",
 )
 def opsa(lab):
-    """Twelve rollouts of each harmful prompt, learned from the instructed start model."""
+    """Six rollouts of each harmful prompt, learned from the instructed start model."""
     # PAPER: benign prompts have a context of their own there, against needless refusals; here only
     # harmful prompts are learned, as by the other methods.
     return lab.run(
@@ -18,9 +18,10 @@ def opsa(lab):
         "--prompts", lab.prompts,
         "--limit", lab.limit,
         "--instruction", lab.instruction,
-        # Twelve rollouts of a prompt, as GRPO, but two at a time: they need not be compared.
+        # CHOICE: half of GRPO's rollouts, two at a time, because they need not be compared. On the
+        # tiny model the loss is down after the first epoch.
         "--samples", 2,
-        "--epochs", 6,
+        "--epochs", 3,
         "--prompts-per-step", 32,
         *lab.sampling,
         "--lr", lab.lr,
