@@ -38,6 +38,7 @@ VALID = (
 
 LEADERBOARD = "runs/arithmetic/leaderboard"
 METHODS = "ipo sft rejection"
+LRS = "9e-5 1.8e-4"
 ALSO = "1"  # every run compares these
 
 WORDS = {
