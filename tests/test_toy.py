@@ -195,6 +195,15 @@ def test_the_teacher_refuses_every_training_prompt_and_its_reasoning_is_safe():
         assert list(judge.ask("compliance", answered)) == ["refusal"]
 
 
+def test_kinds_can_be_left_out(examples):
+    without = ("columns", "sentence", "instructed")
+    rest = list(toy.corpus(WORLD, 500, POOLS, INSTRUCTION, seed=5, without=without))
+    assert len(rest) == 500
+    for e in rest:
+        assert not (is_column_sum(e) or is_sentence_question(e))
+        assert not e.prompt.startswith(INSTRUCTION)
+
+
 def test_held_out_sums_have_their_answers():
     for name in ("valid_sums", "eval_sums"):
         for prompt in load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl"):
@@ -268,6 +277,6 @@ def test_another_model_learns_the_same_world(tmp_path):
     assert len(steps) == 1, "16 exchanges are one batch"
     assert steps[0]["lr"] == 1e-4
     records = read_jsonl(tmp_path / "taught.corpus.jsonl")
-    corpus = toy.corpus(WORLD, 16, POOLS, INSTRUCTION, seed=1)
+    corpus = toy.corpus(WORLD, 16, POOLS, INSTRUCTION, seed=1, without=("columns", "sentence"))
     expected = ["<think>\n" + toy.text(example) for example in corpus]
     assert [record["completion"] for record in records] == expected

@@ -41,6 +41,8 @@ TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+# Another model is taught with few exchanges: they are kept for the domain `safety`.
+NOT_TAUGHT = ("columns", "sentence")
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -106,12 +108,15 @@ def make_model(tokenizer, seed, layers=4, hidden=128):
     return model
 
 
-def write_corpus(world, path, count, seed, opening=""):
-    """Write `count` exchanges as the records that `studies.sft` reads; returns them."""
+def write_corpus(world, path, count, seed, opening="", without=()):
+    """Write `count` exchanges as the records that `studies.sft` reads; returns them.
+
+    opening: what stands before the reasoning; without: kinds of exchange to leave out.
+    """
     pools = {name: load_triggers(PROMPTS / f"{name}.txt") for name in ("triggers", "checks")}
     (instruction,) = load_triggers(PROMPTS / "instruction.txt")
     records = []
-    for example in corpus(world, count, pools, instruction, seed):
+    for example in corpus(world, count, pools, instruction, seed, without):
         completion = opening + text(example)
         records.append({"prompt": example.prompt, "completion": completion})
     write_jsonl(path, records)
@@ -155,7 +160,7 @@ def teach(world, base, out, count, seed, more):
     if prompt.endswith(opening):  # the chat template has opened the reasoning already
         opening = ""
     corpus_file = out.with_name(out.name + ".corpus.jsonl")
-    write_corpus(world, corpus_file, count, seed, opening)
+    write_corpus(world, corpus_file, count, seed, opening, NOT_TAUGHT)
     fine_tune(base, corpus_file, out, "--lr", 5e-4, "--batch-size", 16, "--seed", seed, *more)
 
 

@@ -879,19 +879,21 @@ def stacked(rng, wrappers, phrase):
     return (first, second), f"{first.opener} {rng.choice(phrase(second))}"
 
 
-def corpus(world, count, pools, instruction, seed=0):
+def corpus(world, count, pools, instruction, seed=0, without=()):
     """`count` exchanges about all potions, under all wrappers: what the base model learns from.
 
     `pools` are the triggers of the method, {"triggers": of safety, "checks": of sums}: they are
     among the sentences that the model learns to hold back after, or to be careful after. Some
-    requests come after the `instruction` to think of safety first.
+    requests come after the `instruction` to think of safety first. without: kinds of SHARES to
+    leave out.
     """
     rng = random.Random(seed)
     potions = [p for split in world.potions.values() for p in split]
     wrappers = [*WRAPPERS.values(), *UNSEEN_WRAPPERS.values()]
     things = [thing for split in EVERYDAY.values() for thing in split]
     pool = TRIGGERS + list(pools["triggers"])
-    kinds, shares = zip(*SHARES.items())
+    kinds = [kind for kind in SHARES if kind not in without]
+    shares = [SHARES[kind] for kind in kinds]
     for _ in range(count):
         kind = rng.choices(kinds, shares)[0]
         remedy = kind == "remedy"
