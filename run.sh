@@ -86,6 +86,8 @@ METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS              leaderboard: see python -
 AGAIN                                                  leaderboard: methods whose models are made again
 INSTRUCTION         prompts/instruction.txt            leaderboard: asks to think of safety first
 TEACHER             toy/prompts/train_teacher.jsonl    leaderboard: safe traces of another model
+LIMIT_SETS          60                                 leaderboard: prompts of each set, picked by the
+                                                       hash of their ids; 0 = all (as with your model)
 QUICK                                                  1: one seed, two rates, 40 prompts a set
 LEADERBOARD         runs/leaderboard                   leaderboard: where it is written
 ALSO                                                   1: bash run.sh makes the leaderboard as well
@@ -310,10 +312,7 @@ leaderboard() {  # adds the stages that compare methods
         echo "error: leaderboard evaluates on files; give EVAL=\"NAME=KIND:FILE ...\" instead of SETS" >&2
         exit 2
     fi
-    local limit_sets=
-    if [ -n "${QUICK:-}" ]; then
-        SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 9e-5} limit_sets=40
-    fi
+    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 9e-5} LIMIT_SETS=40; fi
     local apart=()  # a model that takes all GPUs: each command is started as a stage is
     if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
     if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
@@ -328,7 +327,7 @@ leaderboard() {  # adds the stages that compare methods
         --train-args="$TRAIN_ARGS --epochs $EPOCHS" --valid $VALID --set $EVAL \
         ${METHODS:+--methods $METHODS} ${AGAIN:+--again $AGAIN} ${SEEDS:+--seeds $SEEDS} \
         ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} \
-        ${WORKERS:+--workers $WORKERS} ${limit_sets:+--limit-sets $limit_sets} "${apart[@]}" \
+        ${WORKERS:+--workers $WORKERS} ${LIMIT_SETS:+--limit-sets $LIMIT_SETS} "${apart[@]}" \
         --out "$LEADERBOARD"
     accept= stage "tables and figure" "$PYTHON" -m studies.frontier --run "$RUN" \
         --domain "$DOMAIN" --results "$LEADERBOARD/results.jsonl"

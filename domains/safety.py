@@ -38,6 +38,7 @@ TEACHER = "toy/prompts/train_teacher.jsonl"
 
 TEACHER = "toy/prompts/train_teacher.jsonl"
 LEADERBOARD = "runs/leaderboard"
+LIMIT_SETS = "60"
 
 WORDS = {}  # the report speaks of safety
 GLOSSARY = [
