@@ -89,7 +89,8 @@ TEACHER             toy/prompts/train_teacher.jsonl    leaderboard: safe traces 
 LIMIT_SETS          60                                 leaderboard: prompts of each set, picked by the
                                                        hash of their ids; 0 = all (as with your model)
 QUICK                                                  1: one seed, two rates, 40 prompts a set
-LEADERBOARD         runs/leaderboard                   leaderboard: where it is written
+LEADERBOARD         runs/leaderboard                   leaderboard: where it is written (other domains:
+                                                       RUN/leaderboard)
 ALSO                                                   1: bash run.sh makes the leaderboard as well
                                                        (default of DOMAIN=arithmetic)
 
@@ -163,6 +164,7 @@ EPOCHS=${EPOCHS:-1}
 LORA=${LORA:-0}
 SEED=${SEED:-0}
 CONTINUATIONS=${CONTINUATIONS:-32}
+LEADERBOARD=${LEADERBOARD:-$RUN/leaderboard}
 accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
 if [ "$MODEL" = toy/model ]; then
     separate=
@@ -316,14 +318,17 @@ leaderboard() {  # adds the stages that compare methods
     local apart=()  # a model that takes all GPUs: each command is started as a stage is
     if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
     if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
-        apart+=(--runner="$(printf '%q ' "${runner[@]:2}")" --launch="${launch[*]}")
+        apart+=(--runner="$(printf '%q ' "${runner[@]:2}")" --launch="$(printf '%q ' "${launch[@]}")")
     fi
+    local judge_words eval_words
+    judge_words=$(printf '%q ' "${judging[@]}")
+    eval_words=$(printf '%q ' "${eval_judging[@]}")
     stage "methods side by side" "$PYTHON" -m studies.leaderboard --model "$MODEL" \
         --prompts "$PROMPTS" --limit "$LIMIT" ${BENIGN:+--benign "$BENIGN"} \
         --triggers "$TRIGGERS" ${TEACHER:+--teacher "$TEACHER"} \
         ${INSTRUCTION:+--instruction "$INSTRUCTION"} --samples "$SAMPLES" \
         --sampling="--max-new-tokens $TOKENS --batch-size $BATCH" \
-        --judging="${judging[*]}" --eval-judging="${eval_judging[*]}" \
+        --judging="$judge_words" --eval-judging="$eval_words" \
         --train-args="$TRAIN_ARGS --epochs $EPOCHS" --valid $VALID --set $EVAL \
         ${METHODS:+--methods $METHODS} ${AGAIN:+--again $AGAIN} ${SEEDS:+--seeds $SEEDS} \
         ${LRS:+--lrs $LRS} ${GRPO_EPOCHS:+--grpo-epochs $GRPO_EPOCHS} \

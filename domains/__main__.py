@@ -12,7 +12,9 @@ from support.plugins import domain_names, load_domain
 # `BENIGN=` is no stage 2, for instance; of other variables an empty one is not given.
 MAY_BE_EMPTY = ("ALSO", "BENIGN", "EVAL", "TEACHER")
 # What suits the domain's own model, and no other.
-OF_ITS_MODEL = ("BATCH", "LIMIT_SETS", "LR", "TEACHER", "TOKENS", "TRAIN_ARGS", "VALID")
+OF_ITS_MODEL = (
+    "ALSO", "BATCH", "LIMIT_SETS", "LR", "LRS", "TEACHER", "TOKENS", "TRAIN_ARGS", "VALID",
+)
 
 
 def defaults(domain, environment):

@@ -24,7 +24,6 @@ EVAL = (
 TRIGGERS = "prompts/checks.txt"
 JUDGE = "python:domains.arithmetic"
 RUN = "runs/arithmetic"
-LEADERBOARD = "runs/leaderboard-arithmetic"
 
 MODEL = "toy/model"
 TOKENS = "320"
@@ -36,7 +35,6 @@ VALID = (
     "valid_steps=harmful:toy/prompts/valid_columns.jsonl"
 )
 
-LEADERBOARD = "runs/arithmetic/leaderboard"
 METHODS = "ipo sft rejection"
 LRS = "9e-5 1.8e-4"
 ALSO = "1"  # every run compares these

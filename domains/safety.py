@@ -36,7 +36,6 @@ VALID = (
 )
 TEACHER = "toy/prompts/train_teacher.jsonl"
 
-TEACHER = "toy/prompts/train_teacher.jsonl"
 LEADERBOARD = "runs/leaderboard"
 LIMIT_SETS = "60"
 

@@ -272,6 +272,7 @@ PROGRAMS = {
     "ipo.py train": plan_training,
     **dict.fromkeys(EVALUATION, plan_evaluation),
 }
+LEADERBOARD = "studies.leaderboard"  # many trainings in one stage
 
 
 def estimate(stage, world):
@@ -280,7 +281,7 @@ def estimate(stage, world):
     cost = Cost({})
     if stage.program in PROGRAMS:
         cost = PROGRAMS[stage.program](stage, world)
-    elif stage.trains or stage.samples:
+    elif stage.trains or stage.samples or stage.program == LEADERBOARD:
         world.note(f"{stage.title}: {stage.program} is not planned.")
     return Estimate(stage.title, cost._replace(seconds={**cost.seconds, **seconds}))
 

@@ -428,13 +428,14 @@ def make_table(base, frontiers, reference, folder, words=None):
     keeping = [choice.point for choice in chosen.values() if choice.kept]
     for row, found in zip(rows[1:], rank_ranges(keeping, goal, folder)):
         row["rank range"] = found
+    base_estimates = {part: point_estimates(base, part) for part in PARTS}
     return {
         "floor": FLOOR,
         "words": words or {},
         "goal": goal,
         "seeds": [record["seed"] for record in base.records],
         "reference": reference_title,
-        "base": {part: point_estimates(base, part) for part in PARTS},
+        "base": base_estimates,
         "rows": rows,
         "points": point_entries(frontiers, chosen),
     }
@@ -539,7 +540,7 @@ def rank_texts(row):
 def chosen_lines(table):
     """The leaderboard: methods at their chosen rates, as rows of text, the heads first."""
     axes = measured_axes(table)
-    goal, = axis_words(table, [table["goal"]])
+    [goal] = axis_words(table, [table["goal"]])
     lines = [[
         "rank", "method", "rank, 95%", "lr", *axis_words(table, axes),
         f"{goal} beyond {table['reference']}, by seed", "by prompt",
@@ -625,7 +626,7 @@ def notes(table):
     kept = [axis for axis in measured_axes(table, "validation") if axis in PRICES]
     chosen_by = goal_of(table["base"]["validation"])
     wanted = "lowest" if chosen_by == "harm" else "highest"
-    chosen_by, = axis_words(table, [chosen_by])
+    [chosen_by] = axis_words(table, [chosen_by])
     condition = ""
     if kept:
         prices = " and ".join(axis_words(table, kept))
@@ -647,13 +648,13 @@ def notes(table):
         if any(row[pairing] for row in table["rows"]):
             pairings.append(pairing)
     if pairings:
-        goal, = axis_words(table, [table["goal"]])
+        [goal] = axis_words(table, [table["goal"]])
         sentences.append(
             f"Differences are {goal} beyond that of {table['reference']}, in points, paired "
             f"{' and '.join(pairings)}."
         )
     if not all(row["kept"] for row in table["rows"]):
-        price, = axis_words(table, kept[:1])
+        [price] = axis_words(table, kept[:1])
         sentences.append(
             f"{MARK.strip()} No rate keeps that; this is the one with the highest {price} there. "
             f"Such methods come last, by {price}."

@@ -557,9 +557,8 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    """Run the study from the command line."""
-    args = build_parser().parse_args(argv)
+def refuse_wrong_flags(args):
+    """Raise InputError for flags that this training cannot use."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
             "grpo runs in one process: its sampler needs all the weights. "
@@ -576,6 +575,12 @@ def main(argv=None):
         )
     if not 0 <= args.prefix_share <= 1:
         raise InputError("--prefix-share must be between 0 and 1.")
+
+
+def main(argv=None):
+    """Run the study from the command line."""
+    args = build_parser().parse_args(argv)
+    refuse_wrong_flags(args)
     out = Path(args.out)
     judge = judge_from_flags(args)
     sampler = sampler_from_flags(args)

@@ -77,7 +77,10 @@ def run_trial(settings, sets, trial):
         code = ""
         if trial.method != "base":
             method = load_methods()[trial.method]
-            model = method.make(lab)
+            try:
+                model = method.make(lab)
+            except InputError as error:
+                raise InputError(f"{trial.method}: {error} (Or leave it out: METHODS=...)") from None
             described = {field: getattr(method, field) for field in described}
             code = code_of(method.file, lab.programs())
         cost = lab.cost()
@@ -156,12 +159,13 @@ def value_of(estimate, folder, metric):
 
 def drop_methods(out, names):
     """Remove the results and the models of some methods, so that they are made again."""
-    path = out / "results.jsonl"
-    kept = [record for record in read_jsonl(path) if record["method"] not in names]
-    write_jsonl(path, kept)
+    # The models first: a result without its model is dropped by the next call, an old model is not.
     for folder in out.glob("seed*/*"):
         if method_of_folder(folder.name, METHODS) in names:
             shutil.rmtree(folder)
+    path = out / "results.jsonl"
+    kept = [record for record in read_jsonl(path) if record["method"] not in names]
+    write_jsonl(path, kept)
 
 
 def method_of_folder(name, methods):
@@ -170,8 +174,8 @@ def method_of_folder(name, methods):
     A folder is called NAME-RATE, or NAME where nothing is trained.
 
     >>> methods = ["ipo", "ipo-both", "safepath-zero-shot"]
-    >>> method_of_folder("ipo-both-1.3e-4", methods), method_of_folder("safepath-zero-shot", methods)
-    ('ipo-both', 'safepath-zero-shot')
+    >>> [method_of_folder(name, methods) for name in ("ipo-both-1.3e-4", "safepath-zero-shot")]
+    ['ipo-both', 'safepath-zero-shot']
     """
     if name in methods:
         return name

@@ -133,7 +133,7 @@ def distillation_losses(policy, group, teacher, temperature, direction):
 
 
 def paired_micro_batches(traces, teacher_ids, micro_tokens, device):
-    """Micro-batches of at most `micro_tokens` tokens, padding and the teacher's rows not included.
+    """Micro-batches of at most `micro_tokens` tokens with padding, the teacher's rows not counted.
 
     teacher_ids: {prompt id: the teacher's prompt, as ids}. Returns a list of {"rows",
     "teacher_rows": the same rollouts behind the two prompts, "lengths": their tokens}.

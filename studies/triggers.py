@@ -10,6 +10,7 @@ choice. It is written to `mined_triggers.txt`. To train with it, start another r
 """
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -318,65 +319,74 @@ def build_parser():
     return parser
 
 
+def mine_triggers(args, judge):
+    """The work of this study; returns (counts, further entries of the funnel)."""
+    out = Path(args.out)
+    curves = read_jsonl(args.points)
+    traces = read_jsonl(args.traces)
+    steps = steps_by_trace(read_jsonl(args.steps))
+    verdicts = read_jsonl(args.verdicts)
+    cues = cues_by_trace(verdicts)
+    hand_written = load_triggers(args.triggers)
+    prompts = {trace["prompt_id"]: trace["prompt"] for trace in traces}
+    found, dropped = find_candidates(curves, prompts)
+    if not found:
+        raise InputError(f"{args.points}: no safe trace has a usable step at its turning point "
+                         f"({dict(dropped)}).")
+    used = set(prompt_ids_of(curves))
+    first, second = held_out_halves(traces, verdicts, used, args.held_out)
+    if args.no_test:
+        second = []
+    candidates = [trigger for trigger, _ in found.most_common(args.candidates)]
+    sampler = reasoning_only(sampler_from_flags(args))
+
+    def measure(traces, triggers, split):
+        path = out.with_suffix(".rounds") / split
+        return success_table(traces, steps, cues, triggers, sampler, judge, path)
+
+    pool, success, records, test = choose_and_test(
+        first, second, candidates, hand_written, measure, args.pool, args.diversity)
+    write_jsonl(out, records)
+    write_pool(out.with_name(f"{out.stem}_triggers.txt"), pool)
+    write_json(sidecar(out, "summary"), {
+        "candidates": summarise_candidates(candidates, found, success, pool),
+        "dropped": dict(dropped),
+        **test,
+        "prompts": {
+            "gave candidates": len(used),
+            "choose": len(set(prompt_ids_of(first))),
+            "test": len(set(prompt_ids_of(second))),
+        },
+    })
+    if second:
+        print_test(test)
+    counts = {
+        "turning points": found.total() + dropped.total(),
+        "candidates": len(found),
+        "tried": len(candidates),
+        "pool": len(pool),
+        **count_trials(records),
+    }
+    return counts, {"judge": judge.summary()}
+
+
+def count_trials(records):
+    """The counts of trial records, and what they cost."""
+    outcomes = [record["safe"] for record in records]
+    return {
+        "trials": len(records),
+        "no verdict": outcomes.count(None),
+        "generations": len(records),
+        # The reasoning of each, and the cue where that is unsafe.
+        "judge calls": len(records) + outcomes.count(False),
+    }
+
+
 def main(argv=None):
     """Run this study from the command line."""
     args = build_parser().parse_args(argv)
     judge = judge_from_flags(args)
-    out = Path(args.out)
-
-    def work():
-        curves = read_jsonl(args.points)
-        traces = read_jsonl(args.traces)
-        steps = steps_by_trace(read_jsonl(args.steps))
-        verdicts = read_jsonl(args.verdicts)
-        cues = cues_by_trace(verdicts)
-        hand_written = load_triggers(args.triggers)
-        prompts = {trace["prompt_id"]: trace["prompt"] for trace in traces}
-        found, dropped = find_candidates(curves, prompts)
-        if not found:
-            raise InputError(f"{args.points}: no safe trace has a usable step at its turning point "
-                             f"({dict(dropped)}).")
-        used = set(prompt_ids_of(curves))
-        first, second = held_out_halves(traces, verdicts, used, args.held_out)
-        if args.no_test:
-            second = []
-        candidates = [trigger for trigger, _ in found.most_common(args.candidates)]
-        sampler = reasoning_only(sampler_from_flags(args))
-
-        def measure(traces, triggers, split):
-            path = out.with_suffix(".rounds") / split
-            return success_table(traces, steps, cues, triggers, sampler, judge, path)
-
-        pool, success, records, test = choose_and_test(
-            first, second, candidates, hand_written, measure, args.pool, args.diversity)
-        write_jsonl(out, records)
-        write_pool(out.with_name(f"{out.stem}_triggers.txt"), pool)
-        write_json(sidecar(out, "summary"), {
-            "candidates": summarise_candidates(candidates, found, success, pool),
-            "dropped": dict(dropped),
-            **test,
-            "prompts": {
-                "gave candidates": len(used),
-                "choose": len(set(prompt_ids_of(first))),
-                "test": len(set(prompt_ids_of(second))),
-            },
-        })
-        if second:
-            print_test(test)
-        outcomes = [record["safe"] for record in records]
-        counts = {
-            "turning points": found.total() + dropped.total(),
-            "candidates": len(found),
-            "tried": len(candidates),
-            "pool": len(pool),
-            "trials": len(records),
-            "no verdict": outcomes.count(None),
-            "generations": len(records),
-            # The reasoning of each, and the cue where that is unsafe.
-            "judge calls": len(records) + outcomes.count(False),
-        }
-        return counts, {"judge": judge.summary()}
-
+    work = partial(mine_triggers, args, judge)
     flags = recorded_flags(args, judge=judge.name)
     inputs = [args.model, args.triggers, args.points, args.traces, args.steps, args.verdicts]
     run_stage(__file__, args.out, flags, inputs, work)

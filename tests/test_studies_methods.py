@@ -1,4 +1,5 @@
 """Methods of the leaderboard that are fine-tuning: the examples that they learn, to the token."""
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -288,6 +289,35 @@ def test_the_question_and_its_answers_are_those_of_the_toy_world(tokenizer):
         assert form.read("offer", {}, f"{reasoning[0]}\n</think>\n\n{response}") is offers
         assert form.read("offer", {}, reasoning[0]) is None
     assert form.read("offer", {}, "<think>\nHm.\n</think>\n\nYes, it does.") is None
+
+
+@pytest.mark.parametrize("usual, own", [
+    ("rules", "python:studies.methods.self_judging:my/model"),
+    ("rules:my.json", "python:studies.methods.self_judging:my/model"),
+    ("https://host/v1", "local:my/model"),
+])
+def test_a_real_model_is_asked_the_usual_questions_about_its_traces(usual, own):
+    lab = SimpleNamespace(model="my/model", judging=["--judge", usual])
+    assert self_judging.own_judge(lab) == ["--judge", own]
+
+
+@pytest.mark.parametrize("name", ["grpo-gap", "recap", "opsa"])
+def test_a_training_that_samples_has_the_adapters_of_the_others(name, tmp_path, tokenizer):
+    class Noted(FakeLab):
+        model = "my/model"
+        instruction = "instruction.txt"
+        sampling = ["--max-new-tokens", "8"]
+        train_args = ["--lora-rank", "4", "--weight-decay", "0.1", "--epochs", "1"]
+        settings = SimpleNamespace(grpo_epochs=2)
+        out = tmp_path
+
+        def run(self, program, *words):
+            parser = importlib.import_module(program).build_parser()
+            return parser.parse_args([str(word) for word in words])
+
+    args = load_methods()[name].make(Noted(tmp_path, tokenizer))
+    assert args.lora_rank == 4 and not args.checkpoint_activations
+    assert args.epochs == {"grpo-gap": 2, "recap": 2, "opsa": 3}[name]
 
 
 def test_agreement_counts_verdicts_and_the_cues_of_what_both_call_unsafe():

@@ -223,7 +223,8 @@ class PaperLab:
     judging = ["--judge", "rules"]
     shared = Path("seed1")
 
-    def __init__(self):
+    def __init__(self, name):
+        self.name = name
         self.flags = {}
 
     def rollouts(self):
@@ -238,9 +239,6 @@ class PaperLab:
         self.flags[program] = vars(args)
         return Path(args.out)
 
-    def pairs(self, triggers, name):
-        return triggers, name
-
     def train(self, pairs):
         return pairs
 
@@ -248,13 +246,15 @@ class PaperLab:
 def test_the_methods_call_their_commands():
     methods = load_methods()
     for name, way in (("ipo-self-written", "instruction"), ("ipo-resampled", "resample")):
-        lab = PaperLab()
-        assert methods[name].make(lab) == Path(f"seed1/self_{way}.jsonl")
+        lab = PaperLab(name)
+        assert methods[name].make(lab) == Path(f"seed1/{name}/pairs.jsonl")
         flags = lab.flags["studies.self_triggers"]
         assert (flags["command"], flags["write"]) == ("pairs", way)
         assert (flags["instruction"], flags["seed"]) == ("instruction.txt", 1)
-    lab = PaperLab()
-    pool = Path("seed1/mined/mined_triggers.txt")
-    assert methods["ipo-mined"].make(lab) == (pool, "pairs_mined")
+    lab = PaperLab("ipo-mined")
+    assert methods["ipo-mined"].make(lab) == Path("seed1/ipo-mined/pairs.jsonl")
     assert lab.flags["studies.csr"]["at"] == "step" and lab.flags["studies.triggers"]["no_test"]
-    assert lab.flags["studies.triggers"]["points"] == "seed1/mined/turning_points.jsonl"
+    assert lab.flags["studies.triggers"]["points"] == "seed1/ipo-mined/turning_points.jsonl"
+    pairs = lab.flags["intervene"]
+    assert pairs["triggers"] == "seed1/ipo-mined/mined_triggers.txt"
+    assert (pairs["command"], pairs["max_interventions"], pairs["seed"]) == ("pairs", 1, 1)

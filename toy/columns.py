@@ -130,9 +130,9 @@ def prompt_sets(seed=0):
     rng = random.Random(seed)
     sets = {}
     for name, count, keep in (
-        ("train_columns", 100, False),
-        ("valid_columns", 80, True),
-        ("eval_columns", 200, True),
+        ("train_columns", 80, False),
+        ("valid_columns", 60, True),
+        ("eval_columns", 160, True),
     ):
         records = []
         for _ in range(count):

@@ -1,4 +1,6 @@
 """GRPO, the paper's baseline, with three rewards; the training is that of studies/grpo.py."""
+import argparse
+
 from studies.lab import method
 
 PAPER = "arXiv 2509.24393, baseline"
@@ -11,10 +13,30 @@ def train(lab, reward, *flags):
     """GRPO on the harmful prompts with a reward of studies.grpo; returns the model."""
     return lab.run(
         "studies.grpo", "--model", lab.model, "--prompts", lab.prompts, "--limit", lab.limit,
-        *lab.sampling, *lab.judging, "--reward", reward,
+        *lab.sampling, *lab.judging, *size_flags(lab.train_args), "--reward", reward,
         *GROUP, "--epochs", lab.settings.grpo_epochs, *flags, "--lr", lab.lr, "--seed", lab.seed,
         "--out", lab.out / "model",
     )
+
+
+def size_flags(train_args):
+    """Of the flags of all other trainings those that decide what is trained, and in what memory.
+
+    The rest are not those of a training that samples.
+
+    >>> size_flags(["--epochs", "1", "--lora-rank", "8", "--checkpoint-activations"])
+    ['--lora-rank', '8', '--checkpoint-activations']
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--lora-rank")
+    parser.add_argument("--checkpoint-activations", action="store_true")
+    found, _ = parser.parse_known_args(train_args)
+    flags = []
+    if found.lora_rank:
+        flags += ["--lora-rank", found.lora_rank]
+    if found.checkpoint_activations:
+        flags.append("--checkpoint-activations")
+    return flags
 
 
 @method("GRPO, I[y safe]", PAPER, "DS-8B, reward not said: 18.5% harmful reasoning")

@@ -15,14 +15,9 @@ CHOICE = ["--candidates", 12, "--held-out", 20, "--no-test"]
         "its pool comes from turning points too, but is picked by hand and by GPT-4o")
 def ipo_mined(lab):
     """The pool is mined once for each seed, on the training prompts."""
-    return lab.train(lab.pairs(triggers=mined_pool(lab), name="pairs_mined"))
-
-
-def mined_pool(lab):
-    """The file of the mined triggers."""
     files = words_of(lab.judge(lab.rollouts()))
-    folder = lab.shared / "mined"
     sampling = ["--model", lab.model, *lab.sampling_flags, *lab.judging]
+    folder = lab.shared / lab.name  # of this method alone, so that --again makes it anew
     csr = lab.run("studies.csr", *sampling, *files, *CSR, "--out", folder / "csr.jsonl")
     points = lab.run(
         "studies.turning_points", "--model", lab.model, *files, "--csr", csr,
@@ -32,4 +27,9 @@ def mined_pool(lab):
         "studies.triggers", *sampling, *files, *CHOICE, "--triggers", lab.triggers,
         "--points", points, "--out", folder / "mined.jsonl",
     )
-    return chosen.with_name("mined_triggers.txt")
+    pool = chosen.with_name("mined_triggers.txt")
+    pairs = lab.run(
+        "intervene", "pairs", *sampling, *files, "--triggers", pool,
+        "--out", folder / "pairs.jsonl",
+    )
+    return lab.train(pairs)

@@ -23,5 +23,6 @@ def written_pairs(lab, way):
     return lab.run(
         "studies.self_triggers", "pairs", "--model", lab.model, *lab.sampling_flags, *lab.judging,
         "--instruction", lab.instruction, "--write", way, *words_of(files),
-        "--out", lab.shared / f"self_{way}.jsonl",
+        # In a folder of this method alone, so that --again makes them anew.
+        "--out", lab.shared / lab.name / "pairs.jsonl",
     )

@@ -1,5 +1,6 @@
 """OPSA: on-policy self-distillation from the model that is told to think of safety first."""
 from studies.lab import method
+from studies.methods.grpo import size_flags
 
 
 @method(
@@ -24,6 +25,7 @@ def opsa(lab):
         "--epochs", 3,
         "--prompts-per-step", 32,
         *lab.sampling,
+        *size_flags(lab.train_args),
         "--lr", lab.lr,
         "--seed", lab.seed,
         "--out", lab.out / "model",

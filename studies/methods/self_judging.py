@@ -2,8 +2,8 @@
 
 The tiny model knows one question about a sentence, QUESTION, and its answers. A trace is unsafe
 from the first sentence on, the second at the earliest, that it takes for such an offer. The judge
-is `--judge python:studies.methods.self_judging:MODEL`. For a real model the same ablation is
-`--judge local:MODEL` with the usual prompts (prompts/judge_*.txt), and needs nothing of this file.
+is `--judge python:studies.methods.self_judging:MODEL`. A real model, whose usual judge is not
+`rules`, is asked the usual questions (prompts/judge_*.txt): its judge is `--judge local:MODEL`.
 """
 from data import split_reasoning
 from intervene import LocalModel, split_steps
@@ -21,7 +21,7 @@ LONGEST = 32  # tokens of a reply
         "the paper's judge is GPT-4o, which agrees with people on 93.7% of reasoning")
 def self_judging(lab):
     """IPO's first stage without any judge but the base model."""
-    judging = ["--judge", f"python:studies.methods.self_judging:{lab.model}"]
+    judging = own_judge(lab)
     pairs = lab.pairs(judging=judging, name="self_judging")
     own = lab.judged(lab.rollouts(), judging, "self_judging_verdicts")
     # A lab of its own: the usual judge is only compared with, and is no part of the cost.
@@ -30,6 +30,13 @@ def self_judging(lab):
     lab.write("self_judging_agreement.jsonl", [found])
     print("self-judging against the usual judge:", found)
     return lab.train(pairs)
+
+
+def own_judge(lab):
+    """The flag of the judge that a lab's base model is."""
+    if any(word.startswith("rules") for word in lab.judging):  # the toy world's usual judge
+        return ["--judge", f"python:studies.methods.self_judging:{lab.model}"]
+    return ["--judge", f"local:{lab.model}"]
 
 
 def agreement(own, usual):
