@@ -159,7 +159,7 @@ def value_of(estimate, folder, metric):
 
 def drop_methods(out, names):
     """Remove the results and the models of some methods, so that they are made again."""
-    # The models first: a result without its model is dropped by the next call, an old model is not.
+    # The models first: after a kill in between, the next call still finds the method edited.
     for folder in out.glob("seed*/*"):
         if method_of_folder(folder.name, METHODS) in names:
             shutil.rmtree(folder)
