@@ -6,8 +6,9 @@ from itertools import accumulate
 from math import inf
 from typing import NamedTuple
 
-from data import CLOSE, decode
+from data import CLOSE, decode, load_triggers
 from intervene import FILES, intervention_job, judge_traces, sample_traces, segment
+from support.errors import InputError
 from support.files import digest
 from support.stages import add_stage_flags
 
@@ -30,6 +31,14 @@ def study_parser(name, description, files):
 
 
 # ------------------------------------------------------------------------------- reading records
+
+def load_instruction(path):
+    """The sentence that asks to think of safety first; InputError unless the file holds one."""
+    sentences = load_triggers(path)
+    if len(sentences) != 1:
+        raise InputError(f"--instruction {path}: {len(sentences)} lines. Write one sentence.")
+    return sentences[0]
+
 
 def steps_by_trace(steps):
     """{trace id: its steps} of step records."""

@@ -91,9 +91,18 @@ def code_of(file, programs):
 
 
 def load_methods():
-    """Import all files of `studies/methods/`; returns {name: Method}, in the order of the files."""
+    """Import all files of `studies/methods/`; returns {name: Method}, in the order of the files.
+
+    Raises InputError for a file that cannot be imported.
+    """
     for module in pkgutil.iter_modules(methods_folder.__path__):
-        importlib.import_module(f"studies.methods.{module.name}")
+        try:
+            importlib.import_module(f"studies.methods.{module.name}")
+        except (SyntaxError, ImportError, NameError) as error:
+            raise InputError(
+                f"studies/methods/{module.name}.py cannot be imported: {error}. Mend it, or move "
+                "it out of that folder."
+            ) from None
     return METHODS
 
 

@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +27,10 @@ import intervene
 from data import Appender, load_prompts, load_triggers
 from ipo import refuse_below
 from studies.axes import AXES, mean_over_sets
+from studies.common import load_instruction
 from studies.lab import METHODS, Lab, Settings, code_of, load_methods
 from studies.workers import Job, run_jobs
-from support.errors import InputError, exit_cleanly
+from support.errors import InputError, ServiceError, exit_cleanly
 from support.files import cut_torn_line, digest, read_json, read_jsonl, write_jsonl
 from support.stages import add_stage_flags, open_stage
 
@@ -77,10 +79,7 @@ def run_trial(settings, sets, trial):
         code = ""
         if trial.method != "base":
             method = load_methods()[trial.method]
-            try:
-                model = method.make(lab)
-            except InputError as error:
-                raise InputError(f"{trial.method}: {error} (Or leave it out: METHODS=...)") from None
+            model = make_model(method, lab)
             described = {field: getattr(method, field) for field in described}
             code = code_of(method.file, lab.programs())
         cost = lab.cost()
@@ -96,6 +95,24 @@ def run_trial(settings, sets, trial):
         "programs": programs,
         "evaluation": evaluation.relative_to(settings.out).as_posix(),
     }
+
+
+def make_model(method, lab):
+    """The model of a method. Raises InputError for whatever goes wrong in the method's own code."""
+    try:
+        return method.make(lab)
+    except InputError as error:
+        raise InputError(
+            f"{method.name}: {error} (For the leaderboard: AGAIN={method.name} makes its models "
+            "again, METHODS=... can leave it out.)"
+        ) from None
+    except ServiceError:
+        raise
+    except Exception as error:
+        traceback.print_exc()  # into the log
+        raise InputError(
+            f"{method.name}: {type(error).__name__}: {error}. {lab.out}/log.txt has the traceback."
+        ) from None
 
 
 def evaluate_model(lab, sets, model):
@@ -160,8 +177,9 @@ def value_of(estimate, folder, metric):
 def drop_methods(out, names):
     """Remove the results and the models of some methods, so that they are made again."""
     # The models first: after a kill in between, the next call still finds the method edited.
-    for folder in out.glob("seed*/*"):
+    for folder in sorted(out.glob("seed*/*")):
         if method_of_folder(folder.name, METHODS) in names:
+            print(f"removed, to be made again: {folder}", flush=True)
             shutil.rmtree(folder)
     path = out / "results.jsonl"
     kept = [record for record in read_jsonl(path) if record["method"] not in names]
@@ -302,7 +320,10 @@ def build_parser():
     )
     add("--out", required=True, help="folder for everything")
     add("--methods", nargs="+", default=[], help="methods to compare (default: all)")
-    add("--again", nargs="+", default=[], help="methods whose models are made again")
+    add(
+        "--again", nargs="+", default=[],
+        help="methods whose models are removed, at all rates and seeds, and made again",
+    )
     add("--lrs", nargs="+", type=learning_rate, default=DEFAULT_RATES, help="learning rates")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds to repeat everything with")
     add(
@@ -368,7 +389,11 @@ def methods_of(names, benign, teacher):
     lacks a file.
     """
     known = load_methods()
-    refuse_unknown("--methods", names)
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"--methods {name}: there is no such method. There are: {', '.join(known)}."
+            )
     chosen = []
     for name, method in known.items():
         lacks = []
@@ -381,15 +406,6 @@ def methods_of(names, benign, teacher):
         if not lacks:
             chosen.append(name)
     return list(dict.fromkeys(names)) or chosen
-
-
-def refuse_unknown(flag, names):
-    """Raise InputError for names that are not those of methods."""
-    for name in names:
-        if name not in METHODS:
-            raise InputError(
-                f"{flag} {name}: there is no such method. There are: {', '.join(METHODS)}."
-            )
 
 
 def refuse_repeated(flags, *names):
@@ -426,7 +442,10 @@ def main(argv=None):
     refuse_below(0, vars(args), "limit", "limit_sets", "samples")
     refuse_repeated(vars(args), "lrs", "seeds")
     methods = methods_of(args.methods, args.benign, args.teacher)
-    refuse_unknown("--again", args.again)
+    for name in args.again:
+        if name not in methods:
+            raise InputError(f"--again {name}: not among the methods to make ({', '.join(methods)}).")
+    load_instruction(args.instruction)
     both = evaluate.parse_sets([*args.valid, *args.set])  # together, as they are evaluated
     evaluate.load_sets(both)
 

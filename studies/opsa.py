@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data import collate, global_batches, load_prompts, load_triggers
+from data import collate, global_batches, load_prompts
 from intervene import (
     add_judge_flags,
     add_sampler_flags,
@@ -40,6 +40,7 @@ from intervene import (
 )
 from ipo import learning_rate, load_or_start, log_step, take_step
 from model import pick_device, save_model, stored_dtype
+from studies.common import load_instruction
 from studies.grpo import count_tokens, jobs_of_step, load_to_learn, sample_step
 from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
@@ -159,14 +160,6 @@ def length_with_prompt(trace):
 
 
 # ------------------------------------------------------------------------------------ the prompts
-
-def read_instruction(path):
-    """The one sentence of a file; raises InputError where it holds none or several."""
-    sentences = load_triggers(path)
-    if len(sentences) != 1:
-        raise InputError(f"{path}: holds {len(sentences)} sentences; --instruction takes one.")
-    return sentences[0]
-
 
 def with_instruction(prompts, instruction):
     """The prompts as the teacher reads them, under the same ids.
@@ -459,7 +452,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     least = 1 if args.command == "train" else 2  # `flips` compares a rollout with the next
     refuse_below(least, vars(args), "samples")
-    instruction = read_instruction(args.instruction)
+    instruction = load_instruction(args.instruction)
     flags = recorded_flags(args)
     inputs = [args.model, args.prompts, args.instruction]
     if args.command == "train":

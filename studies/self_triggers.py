@@ -46,7 +46,12 @@ from intervene import (
     sampler_from_flags,
     split_steps,
 )
-from studies.common import prompt_ids_of, reasoning_only, unsafe_traces_in_turn
+from studies.common import (
+    load_instruction,
+    prompt_ids_of,
+    reasoning_only,
+    unsafe_traces_in_turn,
+)
 from studies.triggers import trigger_text, words_of
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
@@ -60,14 +65,6 @@ DEFAULT_INSTRUCTION = str(HERE / "prompts" / "instruction.txt")
 WAYS = ("instruction", "resample")
 SENTENCE = 64  # tokens that are enough for a sentence
 EXAMPLES = 10  # triggers to show of each source
-
-
-def load_instruction(path):
-    """The sentence that asks to think of safety first; InputError unless the file holds one."""
-    sentences = load_triggers(path)
-    if len(sentences) != 1:
-        raise InputError(f"--instruction {path}: {len(sentences)} lines. Write one sentence.")
-    return sentences[0]
 
 
 # ------------------------------------------------------------------------------ asking the judge

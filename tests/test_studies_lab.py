@@ -8,7 +8,7 @@ import pytest
 
 import ipo
 import studies.methods
-from studies import lab
+from studies import lab, leaderboard
 from studies.methods.dpo import independent_pairs
 from support.errors import InputError, ServiceError
 from support.files import read_json, read_jsonl, write_json, write_jsonl
@@ -100,6 +100,25 @@ def test_two_functions_of_one_name_are_refused(method_file):
         lab.load_methods()
     assert str(caught.value) == (
         "studies.methods.another: there is another method ipo-both; rename it.")
+
+
+def test_a_file_that_cannot_be_imported_is_named(method_file):
+    method_file("broken", "def other(lab)\n    return lab.model\n")
+    with pytest.raises(InputError, match="studies/methods/broken.py cannot be imported: .*Mend it"):
+        lab.load_methods()
+
+
+def test_an_error_in_a_method_is_one_line_and_its_traceback_is_in_the_log(tmp_path, capsys):
+    def broken(lab):
+        return {}["no such"]
+
+    method = lab.load_methods()["sft"]._replace(make=broken)
+    trial = lab.Lab(settings_in(tmp_path), "sft", "1e-4", 0)
+    with pytest.raises(InputError) as caught:
+        leaderboard.make_model(method, trial)
+    assert str(caught.value) == (
+        f"sft: KeyError: 'no such'. {tmp_path}/seed0/sft-1e-4/log.txt has the traceback.")
+    assert "in broken" in capsys.readouterr().err
 
 
 def test_every_file_of_methods_is_loaded():

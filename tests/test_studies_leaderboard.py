@@ -255,7 +255,7 @@ def test_run_sh_gives_the_sweep_its_validation_sets(tmp_path):
         ("valid_harmful", "harmful"), ("valid_benign", "benign"), ("valid_sums", "task")]
     assert evaluate.parse_sets([*args.valid, *args.set]), "their names differ"
     assert (args.methods, args.again) == (["ipo", "ipo-n2"], ["ipo-n2"])
-    assert (args.samples, args.limit_sets, args.grpo_epochs) == (4, 0, 3)
+    assert (args.samples, args.limit_sets, args.grpo_epochs) == (4, 60, 3)
     assert args.lrs == leaderboard.DEFAULT_RATES and args.seeds == [0, 1, 2]
     for path in (args.prompts, args.benign, args.teacher, args.instruction, args.triggers):
         assert (ROOT / path).is_file()
@@ -725,7 +725,8 @@ def test_methods_without_a_file_are_not_edited(tmp_path):
     (["--samples", "-1"], "--samples must be at least 0"),
     (["--workers", "0"], "--workers must be at least 1"),
     (["--methods", "ipo", "iop"], "--methods iop: there is no such method"),
-    (["--again", "iop"], "--again iop: there is no such method"),
+    (["--again", "iop"], "--again iop: not among the methods to make"),
+    (["--methods", "ipo", "--again", "sft"], "--again sft: not among the methods to make"),
     (["--methods", "teacher"], "--methods teacher needs a teacher's traces"),
     (["--methods", "ipo-both", "--benign", ""], "--methods ipo-both needs benign prompts"),
 ])

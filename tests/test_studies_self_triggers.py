@@ -8,7 +8,7 @@ import pytest
 
 import intervene
 from data import Completion, render_prompt
-from studies import self_triggers
+from studies import common, self_triggers
 from studies.lab import load_methods
 from studies.self_triggers import Trial
 from support.errors import InputError
@@ -209,7 +209,7 @@ def test_an_instruction_is_one_sentence(tmp_path):
     path = tmp_path / "two.txt"
     path.write_text("Think first.\nThen write.\n")
     with pytest.raises(InputError, match="two.txt: 2 lines"):
-        self_triggers.load_instruction(path)
+        common.load_instruction(path)
 
 
 # ------------------------------------------------------------------------------ on the leaderboard

@@ -1,6 +1,7 @@
 """ThinkSafe: the model, asked to think of safety first, writes the safe traces that it learns."""
-from data import load_prompts, load_triggers, render_prompt
+from data import load_prompts, render_prompt
 from intervene import is_safe
+from studies.common import load_instruction
 from studies.lab import method
 from studies.methods.examples import answered_examples, example_of
 
@@ -14,8 +15,8 @@ def thinksafe(lab):
     As many generations for each harmful prompt as IPO has rollouts.
     """
     prompts = load_prompts(lab.prompts, lab.limit)
-    # A file of one sentence, in the form of a pool of triggers.
-    [instruction] = load_triggers(lab.instruction)
+    instruction = load_instruction(lab.instruction)
+    # CHOICE: the judge sees the instructed prompt too, as it is what the trace answers.
     asked = lab.write("thinksafe/prompts.jsonl", instructed_prompts(prompts, instruction))
     traces = lab.judged(lab.rollouts(lab.shared / "thinksafe", prompts=asked))
     safe = restored_examples(traces, prompts, lab.tokenizer())
