@@ -90,7 +90,7 @@ LIMIT_SETS          60                                 leaderboard: prompts of e
                                                        hash of their ids; 0 = all (as with your model)
 QUICK                                                  1: one seed, two rates, 40 prompts a set
 LEADERBOARD         runs/leaderboard                   leaderboard: where it is written (other domains:
-                                                       RUN/leaderboard)
+                                                       RUN-leaderboard)
 ALSO                                                   1: bash run.sh makes the leaderboard as well
                                                        (default of DOMAIN=arithmetic)
 
@@ -164,7 +164,7 @@ EPOCHS=${EPOCHS:-1}
 LORA=${LORA:-0}
 SEED=${SEED:-0}
 CONTINUATIONS=${CONTINUATIONS:-32}
-LEADERBOARD=${LEADERBOARD:-$RUN/leaderboard}
+LEADERBOARD=${LEADERBOARD:-$RUN-leaderboard}  # not inside: the report counts what is there
 accept=${ACCEPT_CODE_CHANGE:+--accept-code-change}
 if [ "$MODEL" = toy/model ]; then
     separate=
