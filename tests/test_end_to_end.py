@@ -44,7 +44,7 @@ def stages(run, prompts, benign):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
-    for name, count in (("train_harmful", 14), ("train_benign", 6)):
+    for name, count in (("train_harmful", 24), ("train_benign", 6)):
         write_jsonl(folder / f"{name}.jsonl", data.load_prompts(ROOT / "toy" / "prompts" / f"{name}.jsonl", count))
     return str(folder / "train_harmful.jsonl"), str(folder / "train_benign.jsonl")
 
@@ -72,7 +72,7 @@ def contents(run):
 def test_pairs_come_out_and_the_funnel_adds_up(undisturbed):
     funnel = json.loads((undisturbed / "pairs.funnel.json").read_text())
     c = funnel["counts"]
-    assert c["prompts"] == 14 and c["rollouts"] == 42 >= c["complete"] >= c["unsafe"] >= c["cue found"] > 10
+    assert c["prompts"] == 24 and c["rollouts"] == 72 >= c["complete"] >= c["unsafe"] >= c["cue found"] > 10
     assert c["safe continuations"] >= c["pairs"] == len(read_jsonl(undisturbed / "pairs.jsonl")) > 10
     assert sum(made for _, made in funnel["by_trigger"].values()) == c["pairs"]
     for pair in read_jsonl(undisturbed / "pairs.jsonl"):

@@ -174,7 +174,7 @@ def test_flips_gives_the_teacher_the_instruction_and_nothing_else(model_dir, tmp
 def test_wrong_flags_name_the_remedy(model_dir, tmp_path, monkeypatch):
     two = tmp_path / "two.txt"
     two.write_text("One.\nTwo.\n")
-    for flags, message in ((["--instruction", str(two)], "holds 2 sentences"),
+    for flags, message in ((["--instruction", str(two)], "two.txt: 2 lines"),
                            (["--temperature", "0"], "temperature above 0"),
                            (["--server", "http://x/v1"], "no --server"),
                            (["--samples", "0"], "--samples must be at least 1")):
