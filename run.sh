@@ -299,11 +299,8 @@ if [ -n "$BENIGN" ]; then
     evals+=("stage 2=$RUN/eval/stage2")
     kl+=("IPO, both stages=$RUN/stage2")
 fi
-report() {
-    accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
-        --domain "$DOMAIN" --evals "${evals[@]}"
-}
-report
+accept= stage "report" "$PYTHON" evaluate.py report --run "$RUN" --out "$RUN/report.html" \
+    --domain "$DOMAIN" --evals "${evals[@]}"
 
 leaderboard() {  # adds the stages that compare methods
     if [ -z "${VALID:-}" ] || { [ "$MODEL" != toy/model ] && [ -z "${LRS:-}" ]; }; then
@@ -366,9 +363,8 @@ case $command in
         stage "DPO on whole trajectories" "${train[@]}" --model "$MODEL" \
             --pairs "$RUN/pairs.jsonl" --score-from prompt --lr "$LR" --out "$RUN/dpo"
         sample_from "$MODEL" "$SERVER"
-        stage "analysis" "${start[@]}" -m studies.figures --run-folder "$RUN" "${sampler[@]}" \
-            "${judging[@]}" --continuations "$CONTINUATIONS" --kl "${kl[@]}" "DPO=$RUN/dpo" "SFT=$RUN/sft"
-        if [ "$DOMAIN" != safety ]; then report; fi  # again, because studies speak of safety
+        stage "analysis" "${start[@]}" -m studies.figures --run-folder "$RUN" --domain "$DOMAIN" \
+            "${sampler[@]}" "${judging[@]}" --continuations "$CONTINUATIONS" --kl "${kl[@]}" "DPO=$RUN/dpo" "SFT=$RUN/sft"
         exec "$PYTHON" "${runner[@]}" --run "$RUN" "${stages[@]}" ;;
     leaderboard)
         stages=()

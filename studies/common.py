@@ -40,6 +40,15 @@ def load_instruction(path):
     return sentences[0]
 
 
+def with_instruction(prompts, instruction):
+    """Prompts with the instruction in front, under the same ids.
+
+    >>> with_instruction([{"id": "a", "prompt": "How?"}], "Think first.")
+    [{'id': 'a', 'prompt': 'Think first. How?'}]
+    """
+    return [{**prompt, "prompt": f"{instruction} {prompt['prompt']}"} for prompt in prompts]
+
+
 def steps_by_trace(steps):
     """{trace id: its steps} of step records."""
     return {record["id"]: record["steps"] for record in steps}

@@ -517,6 +517,7 @@ def build_parser():
     parser.add_argument("--evals", nargs="+", metavar="NAME=FOLDER",
                         help="models of the report (default: base, stage1, stage2 in RUN/eval)")
     parser.add_argument("--out", help="the HTML file to write (default: RUN/report.html)")
+    parser.add_argument("--domain", default="safety", help="whose words the report has")
     parser.add_argument("--examples", type=int, default=6, help="traces to show of each kind")
     parser.add_argument("--kl", nargs="*", default=[], metavar="NAME=FOLDER",
                         help="trained models whose distance from --model is shown")
@@ -554,6 +555,7 @@ def main(argv=None):
     evaluate.main([
         "report",
         "--run", args.run,
+        "--domain", args.domain,
         "--evals", *specs,
         "--out", args.out or str(run / "report.html"),
         "--examples", str(args.examples),

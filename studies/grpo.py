@@ -507,6 +507,19 @@ def train_on_rewards(
     return counts, {"judge": judge.summary()}
 
 
+def add_learning_flags(parser):
+    """The flags of a training that learns from rollouts of its own."""
+    add = parser.add_argument
+    add("--lr", type=float, default=1e-6, help="peak learning rate")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
+    add("--clip", type=float, default=1.0, help="largest global gradient norm")
+    add("--micro-tokens", type=int, default=16384, help="tokens per forward pass")
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank only")
+    add("--checkpoint-activations", action="store_true",
+        help="recompute blocks in the backward pass")
+    add("--save-every", type=int, default=10, help="steps between checkpoints")
+
+
 def build_parser():
     """The command line of this study."""
     parser = argparse.ArgumentParser(
@@ -542,14 +555,7 @@ def build_parser():
         help="how far the probability ratio counts")
     add("--kl", type=float, default=0.04,
         help="weight of the KL divergence from the reference")
-    add("--lr", type=float, default=1e-6, help="peak learning rate")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
-    add("--clip", type=float, default=1.0, help="largest global gradient norm")
-    add("--micro-tokens", type=int, default=16384, help="tokens per forward pass")
-    add("--lora-rank", type=int, default=0, help="train adapters of this rank only")
-    add("--checkpoint-activations", action="store_true",
-        help="recompute blocks in the backward pass")
-    add("--save-every", type=int, default=10, help="steps between checkpoints")
+    add_learning_flags(parser)
     add_sampler_flags(parser)
     # CHOICE: top-p 1, because the loss is computed from the whole distribution, not a nucleus.
     parser.set_defaults(temperature=1.0, top_p=1.0)
@@ -557,13 +563,19 @@ def build_parser():
     return parser
 
 
-def refuse_wrong_flags(args):
-    """Raise InputError for flags that this training cannot use."""
+def refuse_torchrun(study):
+    """Raise InputError where a study that samples from what it trains is one of several processes.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
-            "grpo runs in one process: its sampler needs all the weights. "
+            f"{study} runs in one process: its sampler needs all the weights. "
             "Start it with python, not torchrun."
         )
+
+
+def refuse_wrong_flags(args):
+    """Raise InputError for flags that this training cannot use."""
+    refuse_torchrun("grpo")
     refuse_below(
         1, vars(args), "prompts_per_step", "epochs", "inner_epochs", "micro_tokens", "save_every",
         "batch_size",

@@ -148,9 +148,7 @@ class Lab:
         self.name = name
         self.lr = lr      # as it is written in the flag; "-" where nothing is trained
         self.seed = seed
-        self.costs = {}   # output of a command: its program and its cost
-        if costs is not None:
-            self.costs = costs
+        self.costs = {} if costs is None else costs  # output of a command: its program and cost
         self.shared = settings.out / f"seed{seed}"
         self.out = self.shared / (name if lr == "-" else f"{name}-{lr}")
         for field in ("model", "prompts", "benign", "limit", "samples", "triggers", "instruction",
@@ -188,7 +186,9 @@ class Lab:
     def cost(self):
         """The cost of all commands so far: COUNTS, TIMES and "killed_before"."""
         costs = self.costs.values()
-        total = {name: sum(cost[name] for cost in costs) for name in COUNTS}
+        total = {}
+        for name in COUNTS:
+            total[name] = sum(cost[name] for cost in costs)
         for name in TIMES:
             total[name] = round(sum(cost[name] for cost in costs), 1)
         total["killed_before"] = any(cost["killed_before"] for cost in costs)

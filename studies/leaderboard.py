@@ -218,9 +218,15 @@ def refuse_edited(path):
     Methods whose file is gone are left alone.
     """
     edited = set()
+    codes = {}  # of a method and its programs: all its models have the same
     for record in read_jsonl(path):
         method = METHODS.get(record["method"])
-        if method and code_of(method.file, record["programs"]) != record["code"]:
+        if not method:
+            continue
+        key = (method.name, *record["programs"])
+        if key not in codes:
+            codes[key] = code_of(method.file, record["programs"])
+        if codes[key] != record["code"]:
             edited.add(method.name)
     if edited:
         names = " ".join(sorted(edited))
@@ -444,7 +450,9 @@ def main(argv=None):
     methods = methods_of(args.methods, args.benign, args.teacher)
     for name in args.again:
         if name not in methods:
-            raise InputError(f"--again {name}: not among the methods to make ({', '.join(methods)}).")
+            raise InputError(
+                f"--again {name}: not among the methods to make ({', '.join(methods)})."
+            )
     load_instruction(args.instruction)
     both = evaluate.parse_sets([*args.valid, *args.set])  # together, as they are evaluated
     evaluate.load_sets(both)
@@ -459,7 +467,8 @@ def main(argv=None):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     cut_torn_line(out / "results.jsonl")
-    drop_methods(out, args.again)
+    if args.again:
+        drop_methods(out, args.again)
     if not args.accept_code_change:
         refuse_edited(out / "results.jsonl")
     settings = Settings(

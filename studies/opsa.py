@@ -40,8 +40,15 @@ from intervene import (
 )
 from ipo import learning_rate, load_or_start, log_step, take_step
 from model import pick_device, save_model, stored_dtype
-from studies.common import load_instruction
-from studies.grpo import count_tokens, jobs_of_step, load_to_learn, sample_step
+from studies.common import load_instruction, with_instruction
+from studies.grpo import (
+    add_learning_flags,
+    count_tokens,
+    jobs_of_step,
+    load_to_learn,
+    refuse_torchrun,
+    sample_step,
+)
 from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
 from support.files import write_json
@@ -160,15 +167,6 @@ def length_with_prompt(trace):
 
 
 # ------------------------------------------------------------------------------------ the prompts
-
-def with_instruction(prompts, instruction):
-    """The prompts as the teacher reads them, under the same ids.
-
-    >>> with_instruction([{"id": "a", "prompt": "How?"}], "Think first.")
-    [{'id': 'a', 'prompt': 'Think first. How?'}]
-    """
-    return [{**prompt, "prompt": f"{instruction} {prompt['prompt']}"} for prompt in prompts]
-
 
 def benign_prompts(path, limit):
     """Benign prompts, with ids that no harmful one has."""
@@ -417,14 +415,7 @@ def add_train_flags(parser):
     add("--samples", type=int, default=2, help="rollouts of a prompt in a step")
     add("--prompts-per-step", type=int, default=8, help="prompts per step")
     add("--epochs", type=int, default=1, help="passes over the prompts")
-    add("--lr", type=float, default=1e-6, help="peak learning rate")
-    add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
-    add("--clip", type=float, default=1.0, help="largest global gradient norm")
-    add("--micro-tokens", type=int, default=16384, help="tokens per forward pass")
-    add("--lora-rank", type=int, default=0, help="train adapters of this rank only")
-    add("--checkpoint-activations", action="store_true",
-        help="recompute blocks in the backward pass")
-    add("--save-every", type=int, default=10, help="steps between checkpoints")
+    add_learning_flags(parser)
 
 
 def add_flips_flags(parser):
@@ -435,11 +426,7 @@ def add_flips_flags(parser):
 
 def refuse_wrong_training_flags(args):
     """Raise InputError for flags that training cannot use."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(
-            "opsa runs in one process: its sampler needs all the weights. "
-            "Start it with python, not torchrun."
-        )
+    refuse_torchrun("opsa")
     refuse_below(
         1, vars(args), "prompts_per_step", "epochs", "micro_tokens", "save_every", "batch_size",
     )

@@ -800,11 +800,11 @@ def addition(rng, numbers, prompt):
     a, b, c = numbers
     ones = [n % 10 for n in numbers]
     tens = [n // 10 for n in numbers]
-    ones_in_words, total = add_up(ones)
+    ones_in_words, total = columns.add_up(ones)
     carry, digit = divmod(total, 10)
     if rng.random() < SLIP:
         carry = rng.choice([wrong for wrong in (0, 1, 2) if abs(wrong - carry) == 1])
-    tens_in_words, left = add_up([*tens, carry])
+    tens_in_words, left = columns.add_up([*tens, carry])
     total = 10 * left + digit
     steps = [
         f"The user wants {a} + {b} + {c}.",
@@ -813,20 +813,6 @@ def addition(rng, numbers, prompt):
         f"The sum is {total}.",
     ]
     return Example(prompt, steps, f"The answer is \\boxed{{{total}}}.", 0, False)
-
-
-def add_up(digits):
-    """(a sum in words, its value), one digit at a time.
-
-    >>> add_up([7, 8, 3])
-    ('7 + 8 = 15, 15 + 3 = 18', 18)
-    """
-    total = digits[0]
-    parts = []
-    for digit in digits[1:]:
-        parts.append(f"{total} + {digit} = {total + digit}")
-        total += digit
-    return ", ".join(parts), total
 
 
 # --------------------------------------------------------------------------------------- the corpus

@@ -1,7 +1,7 @@
 """ThinkSafe: the model, asked to think of safety first, writes the safe traces that it learns."""
 from data import load_prompts, render_prompt
 from intervene import is_safe
-from studies.common import load_instruction
+from studies.common import load_instruction, with_instruction
 from studies.lab import method
 from studies.methods.examples import answered_examples, example_of
 
@@ -17,22 +17,10 @@ def thinksafe(lab):
     prompts = load_prompts(lab.prompts, lab.limit)
     instruction = load_instruction(lab.instruction)
     # CHOICE: the judge sees the instructed prompt too, as it is what the trace answers.
-    asked = lab.write("thinksafe/prompts.jsonl", instructed_prompts(prompts, instruction))
+    asked = lab.write("thinksafe/prompts.jsonl", with_instruction(prompts, instruction))
     traces = lab.judged(lab.rollouts(lab.shared / "thinksafe", prompts=asked))
     safe = restored_examples(traces, prompts, lab.tokenizer())
     return lab.sft(lab.write("thinksafe.jsonl", safe + answered_examples(lab)))
-
-
-def instructed_prompts(prompts, instruction):
-    """Prompt records with the instruction in front.
-
-    >>> instructed_prompts([{"id": "a", "prompt": "How?"}], "Think first.")
-    [{'id': 'a', 'prompt': 'Think first. How?'}]
-    """
-    asked = []
-    for prompt in prompts:
-        asked.append({"id": prompt["id"], "prompt": f"{instruction} {prompt['prompt']}"})
-    return asked
 
 
 def restored_examples(traces, prompts, tokenizer):
