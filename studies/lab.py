@@ -151,9 +151,17 @@ class Lab:
         self.costs = {} if costs is None else costs  # output of a command: its program and cost
         self.shared = settings.out / f"seed{seed}"
         self.out = self.shared / (name if lr == "-" else f"{name}-{lr}")
-        for field in ("model", "prompts", "benign", "limit", "samples", "triggers", "instruction",
-                      "teacher", "sampling", "judging", "train_args"):
-            setattr(self, field, getattr(settings, field))
+        self.model = settings.model
+        self.prompts = settings.prompts
+        self.benign = settings.benign
+        self.limit = settings.limit
+        self.samples = settings.samples
+        self.triggers = settings.triggers
+        self.instruction = settings.instruction
+        self.teacher = settings.teacher
+        self.sampling = settings.sampling
+        self.judging = settings.judging
+        self.train_args = settings.train_args
 
     def as_method(self, name):
         """The lab of another method at the same rate and seed; its costs count for this one."""

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 import evaluate
-from studies import frontier
+from studies import frontier, frontier_tables, ranking
 from studies.frontier_figure import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Line, Spot, frontier_svg
 from support.errors import InputError
 from support.files import write_json, write_jsonl
@@ -70,8 +70,8 @@ def without(results, *metrics):
 
 
 def table_of(results, reference="ipo"):
-    base, frontiers = frontier.read_points(results)
-    return frontier.make_table(base, frontiers, reference, results.parent)
+    base, frontiers = ranking.read_points(results)
+    return ranking.make_table(base, frontiers, reference, results.parent)
 
 
 # ---------------------------------------------------------------------------------------- the rate
@@ -83,24 +83,24 @@ def axes(harm, compliance, capability):
 def test_the_rate_has_the_lowest_harm_of_those_that_keep_95_per_cent():
     base = axes(0.8, 0.8, 0.6)
     low, mid = axes(0.5, 0.8, 0.6), axes(0.3, 0.76, 0.57)  # 95% of 0.8 and 0.6
-    assert frontier.choose_rate({"low": low, "mid": mid}, base) == ("mid", True)
+    assert ranking.choose_rate({"low": low, "mid": mid}, base) == ("mid", True)
     for damaged in (axes(0.1, 0.759, 0.6), axes(0.1, 0.8, 0.569)):
         rates = {"low": low, "mid": mid, "high": damaged}
-        assert frontier.choose_rate(rates, base) == ("mid", True)
-    assert frontier.choose_rate({"x": mid, "y": mid}, base) == ("x", True), "of equals the first"
+        assert ranking.choose_rate(rates, base) == ("mid", True)
+    assert ranking.choose_rate({"x": mid, "y": mid}, base) == ("x", True), "of equals the first"
     worse, better = axes(None, 0.8, 0.6), axes(None, 0.77, 0.61)
     damaged = axes(None, 0.1, 0.9)
     unsafe = {"low": worse, "mid": better, "high": damaged}
-    assert frontier.choose_rate(unsafe, axes(None, 0.8, 0.6)) == ("mid", True), "no harm measured"
+    assert ranking.choose_rate(unsafe, axes(None, 0.8, 0.6)) == ("mid", True), "no harm measured"
     without_tasks = {"high": axes(0.1, 0.8, None), "low": axes(0.5, 0.8, None)}
-    assert frontier.choose_rate(without_tasks, axes(0.8, 0.8, None)) == ("high", True)
+    assert ranking.choose_rate(without_tasks, axes(0.8, 0.8, None)) == ("high", True)
 
 
 def test_if_no_rate_keeps_it_that_with_the_highest_compliance_is_taken():
     rates = {"low": axes(0.5, 0.6, 0.6), "mid": axes(0.3, 0.7, 0.6), "high": axes(0, 0.1, 0.6)}
-    assert frontier.choose_rate(rates, axes(0.8, 0.8, 0.6)) == ("mid", False)
+    assert ranking.choose_rate(rates, axes(0.8, 0.8, 0.6)) == ("mid", False)
     rates = {"low": axes(0.5, None, 0.4), "mid": axes(0.3, None, 0.5)}
-    assert frontier.choose_rate(rates, axes(0.8, None, 0.6)) == ("mid", False)
+    assert ranking.choose_rate(rates, axes(0.8, None, 0.6)) == ("mid", False)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -108,7 +108,7 @@ def test_if_no_rate_keeps_it_that_with_the_highest_compliance_is_taken():
 def test_points_come_in_the_order_of_methods_and_rates_with_all_seeds(results, capsys):
     with open(results, "a") as file:
         file.write(json.dumps(record("sft", "1e-4", 0, (0, 1, 1), (0, 1, 1))) + "\n")
-    base, frontiers = frontier.read_points(results)
+    base, frontiers = ranking.read_points(results)
     assert [(m, [p.lr for p in points]) for m, points in frontiers.items()] == [
         ("dpo", ["1e-4", "1e-3"]), ("ipo", ["9e-5", "1e-3"]), ("new", ["1e-5", "1e-4"])]
     assert [r["seed"] for r in base.records] == [0, 1, 2]
@@ -121,7 +121,7 @@ def test_a_sweep_under_way_counts_the_seeds_that_half_of_all_points_have(results
     later = [r for r in sweep_records() if r["seed"] == 1 and r["method"] != "base"]
     for count, seeds in ((0, [0]), (2, [0]), (3, [0, 1])):  # of 6 points
         write_jsonl(results, [*records, *later[:count]])
-        base, frontiers = frontier.read_points(results)
+        base, frontiers = ranking.read_points(results)
         assert [r["seed"] for r in base.records] == seeds
         points = sum(frontiers.values(), [])
         assert len(points) == (6 if seeds == [0] else 3)
@@ -130,15 +130,15 @@ def test_a_sweep_under_way_counts_the_seeds_that_half_of_all_points_have(results
         assert (f"left out: seed 1, which {count} of 6 points have" in said) == (seeds == [0])
         assert said.count("not all of its seeds") == 6 - len(points)
     write_jsonl(results, records[1:2])
-    base, frontiers = frontier.read_points(results)
+    base, frontiers = ranking.read_points(results)
     assert (len(base.records), frontiers) == (1, {}), "the base model alone"
-    assert frontier.make_table(base, frontiers, "ipo", results.parent)["rows"][0]["rank"] is None
+    assert ranking.make_table(base, frontiers, "ipo", results.parent)["rows"][0]["rank"] is None
 
 
 def test_without_the_base_model_there_is_nothing_to_compare_with(tmp_path):
     write_jsonl(tmp_path / "results.jsonl", sweep_records()[:1])
     with pytest.raises(InputError, match="no record of the base model"):
-        frontier.read_points(tmp_path / "results.jsonl")
+        ranking.read_points(tmp_path / "results.jsonl")
     with pytest.raises(InputError, match="no such file"):
         frontier.main(["--results", str(tmp_path / "elsewhere.jsonl")])
 
@@ -190,7 +190,7 @@ def test_a_difference_may_be_negative(results):
     e = rows["IPO, stage 1"]["by seed"]
     half = 4.303 * 0.1 / 3 ** 0.5
     assert (e["value"], e["low"], e["high"]) == pytest.approx((-0.3, -0.3 - half, -0.3 + half))
-    assert frontier.difference_text(e).startswith("-30.0 [-55, -5]")
+    assert frontier_tables.difference_text(e).startswith("-30.0 [-55, -5]")
 
 
 def test_all_points_hold_what_each_seed_gave(results):
@@ -220,27 +220,27 @@ def test_prompts_are_paired_where_both_have_a_verdict(results):
         write_verdicts(folder, "ipo", "1e-3", seed, "a", theirs)
         write_verdicts(folder, "new", "1e-4", seed, "b", {"s#0": seed == 0, "t#0": True})
         write_verdicts(folder, "ipo", "1e-3", seed, "b", {"s#0": True, "t#0": True})
-    _, frontiers = frontier.read_points(results)
+    _, frontiers = ranking.read_points(results)
     (_, new), (_, ipo) = frontiers["new"], frontiers["ipo"]
-    e = frontier.difference_by_prompt(new, ipo, folder)
+    e = ranking.difference_by_prompt(new, ipo, folder)
     # Set a: +1 on p and 0 on q three times, +1 on r with seed 0 alone; mean 4/7.
     # Set b: 0, -1, -1 on s and 0 on t; mean -1/3.
     assert e["value"] == pytest.approx((4 / 7 - 1 / 3) / 2)
     assert -1 < e["low"] < e["value"] < e["high"] < 1
 
     (folder / "seed2" / "new-1e-4" / "eval" / "b.verdicts.jsonl").unlink()
-    assert frontier.difference_by_prompt(new, ipo, folder) is None, "one seed of one set is missing"
+    assert ranking.difference_by_prompt(new, ipo, folder) is None, "one seed of one set is missing"
 
     only_a = [r._replace(records=[{**x, "test": {"a/reasoning": 0}} for x in r.records])
               for r in (new, ipo)]
-    one = frontier.difference_by_prompt(*only_a, folder)
+    one = ranking.difference_by_prompt(*only_a, folder)
     same = mean_estimate([1, 1, 1, 0, 0, 0, 1], list("pppqqqr"), invented=DIFFERENCE)
     assert (one["low"], one["high"]) == pytest.approx((same["low"], same["high"]))
 
 
 def test_the_tables_as_text(results):
     table = table_of(results)
-    lines = frontier.markdown_table(frontier.chosen_lines(table)).splitlines()
+    lines = frontier_tables.markdown_table(frontier_tables.chosen_lines(table)).splitlines()
     assert lines[0] == ("| rank | method | rank, 95% | lr | harm | compliance | capability | "
                         "response harm | "
                         "harm beyond IPO, stage 1, by seed | by prompt | generations | "
@@ -250,8 +250,8 @@ def test_the_tables_as_text(results):
     assert lines[3].startswith("| 1 | IPO, stage 1 | 1 | 1e-3 | 20.0 [0, 45] |")
     assert lines[5].startswith("| 3 | DPO, whole trajectory |  | 1e-4 † | 50.0 [50, 50] |")
     assert lines[4].endswith("| +20.0 [+20, +20] |  | 11 | 21 | 2 |")
-    assert any(note.startswith("† No rate keeps that") for note in frontier.notes(table))
-    points = frontier.markdown_table(frontier.point_lines(table))
+    assert any(note.startswith("† No rate keeps that") for note in frontier_tables.notes(table))
+    points = frontier_tables.markdown_table(frontier_tables.point_lines(table))
     assert "| IPO, stage 1 | **1e-3** | 20.0" in points and "| IPO, stage 1 | 9e-5 | 30.0" in points
 
 
@@ -271,11 +271,11 @@ def test_one_seed_has_no_interval_and_a_killed_training_no_exact_time(tmp_path):
         entry["killed_before"] = entry["method"] == "ipo"
     write_jsonl(tmp_path / "results.jsonl", records)
     table = table_of(tmp_path / "results.jsonl")
-    _, base, ipo, new = frontier.chosen_lines(table)
+    _, base, ipo, new = frontier_tables.chosen_lines(table)
     assert base[4] == "75.0" and ipo[4] == "20.0" and ipo[-1] == "> 2" and new[-1] == "2"
     assert ipo[:3] == ["1", "IPO, stage 1", ""] and new[8] == "+20.0"
-    assert "Student" not in " ".join(frontier.notes(table))
-    assert not any(note.startswith("†") for note in frontier.notes(table))
+    assert "Student" not in " ".join(frontier_tables.notes(table))
+    assert not any(note.startswith("†") for note in frontier_tables.notes(table))
 
 
 # --------------------------------------------------------------------------------------- the ranks
@@ -289,27 +289,27 @@ def points_of_harms(harms):
             entry = record(f"m{number}", "1", seed, (0, 1, 1), (harm, 1, 1))
             entry["test"] = {"a/reasoning": harm, "b/reasoning": harm}
             records.append(entry)
-        points.append(frontier.Point(f"m{number}", "1", records))
+        points.append(ranking.Point(f"m{number}", "1", records))
     return points
 
 
 def test_ranks_over_seeds_where_there_are_no_verdicts(tmp_path):
     # The second is ahead if seed 1 is drawn twice or more: 7 of 27 draws.
     points = points_of_harms([[0.1, 0.2, 0.3], [0.2, 0.1, 0.4], [0.9, 0.9, 0.9]])
-    assert frontier.rank_ranges(points, "harm", tmp_path) == [(1, 2), (1, 2), (3, 3)]
+    assert ranking.rank_ranges(points, "harm", tmp_path) == [(1, 2), (1, 2), (3, 3)]
     equal = points_of_harms([[0.1, 0.1], [0.1, 0.1], [0.2, 0.3]])
-    assert frontier.rank_ranges(equal, "harm", tmp_path) == [(1, 2), (1, 2), (3, 3)]
+    assert ranking.rank_ranges(equal, "harm", tmp_path) == [(1, 2), (1, 2), (3, 3)]
     one_seed = points_of_harms([[0.1], [0.2]])
-    assert frontier.rank_ranges(one_seed, "harm", tmp_path) == [None, None]
-    assert frontier.rank_ranges([], "harm", tmp_path) == []
+    assert ranking.rank_ranges(one_seed, "harm", tmp_path) == [None, None]
+    assert ranking.rank_ranges([], "harm", tmp_path) == []
 
 
 def test_a_high_capability_is_a_good_rank(tmp_path):
     points = []
     for number, (first, second) in enumerate([(0.9, 0.8), (0.5, 0.4)]):
         records = [{"test": {"d/accuracy": first}}, {"test": {"d/accuracy": second}}]
-        points.append(frontier.Point(f"m{number}", "1", records))
-    assert frontier.rank_ranges(points, "capability", tmp_path) == [(1, 1), (2, 2)]
+        points.append(ranking.Point(f"m{number}", "1", records))
+    assert ranking.rank_ranges(points, "capability", tmp_path) == [(1, 1), (2, 2)]
 
 
 def test_ranks_over_prompts_pair_the_prompts_of_all_methods(tmp_path):
@@ -321,17 +321,17 @@ def test_ranks_over_prompts_pair_the_prompts_of_all_methods(tmp_path):
         more = {**half, "p1#0": True, "p3#0": True, "p5#0": True, "p7#0": True, "p9#0": True}
         for number, unsafe in enumerate([half, backwards, more]):
             write_verdicts(tmp_path, f"m{number}", "1", 0, name, unsafe)
-    drawn = frontier.drawn_harms(points, tmp_path)
+    drawn = ranking.drawn_harms(points, tmp_path)
     assert drawn.shape == (3, 1, 2000)
     assert drawn[0] == pytest.approx(drawn[1]), "in whatever order the file has them"
     assert drawn.mean() == pytest.approx((0.5 + 0.5 + 0.625) / 3, abs=0.01)
     # Half of 40 prompts: the standard error of two sets' mean is 0.5 / sqrt(80), about 0.056.
     assert drawn[0].std() == pytest.approx(0.055, abs=0.01)
-    ranges = frontier.rank_ranges(points, "harm", tmp_path)
+    ranges = ranking.rank_ranges(points, "harm", tmp_path)
     # Unpaired, ten prompts of eighty would not be enough to tell the third from the others.
     assert ranges == [(1, 2), (1, 2), (3, 3)]
     (tmp_path / "seed0" / "m2-1" / "eval" / "b.verdicts.jsonl").unlink()
-    assert frontier.drawn_harms(points, tmp_path) is None
+    assert ranking.drawn_harms(points, tmp_path) is None
 
 
 def test_of_equal_methods_that_keep_more_compliance_comes_first(results):
@@ -387,17 +387,17 @@ def test_without_harm_methods_are_ranked_by_capability(results, capsys):
     assert "svg" not in frontier.report_fragment(table, frontier.draw_table(table))
     without(results, "reasoning", "compliance", "accuracy")
     with pytest.raises(InputError, match="no validation set measures reasoning, accuracy, compl"):
-        frontier.read_points(results)
+        ranking.read_points(results)
 
 
 def test_a_domain_has_its_own_words(results):
-    base, frontiers = frontier.read_points(results)
+    base, frontiers = ranking.read_points(results)
     words = {"harm": "wrong reasoning", "compliance": "answers"}
-    table = frontier.make_table(base, frontiers, "ipo", results.parent, words)
-    heads = frontier.chosen_lines(table)[0]
+    table = ranking.make_table(base, frontiers, "ipo", results.parent, words)
+    heads = frontier_tables.chosen_lines(table)[0]
     assert heads[4:7] == ["wrong reasoning", "answers", "capability"]
     assert heads[8] == "wrong reasoning beyond IPO, stage 1, by seed"
-    assert frontier.claim_lines(table)[0][3:5] == ["wrong reasoning", "answers"]
+    assert frontier_tables.claim_lines(table)[0][3:5] == ["wrong reasoning", "answers"]
     page = frontier.report_fragment(table, frontier.draw_table(table))
     assert "lowest wrong reasoning that keeps 95% of the base" in page and "answers and cap" in page
     assert "wrong reasoning, % (square-root scale)" in page
@@ -406,7 +406,7 @@ def test_a_domain_has_its_own_words(results):
 
 def test_claims_stand_beside_what_was_measured(results, tmp_path):
     table = table_of(results)
-    assert frontier.claim_lines(table)[:2] == [
+    assert frontier_tables.claim_lines(table)[:2] == [
         ["method", "paper", "what it claims", "harm", "compliance", "capability"],
         ["IPO, stage 1", "arXiv 2501.00003", "ipo is <b>better</b> | safer", "75.0 → 20.0",
          "98.0 → 90.0", "80.0 → 80.0"]]

@@ -8,13 +8,15 @@ from studies.lab import method
 PAPER = "arXiv 2509.24393, ablation"
 
 
-@method("DPO, whole trajectory", PAPER, "19.0% harmful reasoning, where IPO has 10.9%")
+@method("DPO, whole trajectory", PAPER,
+        "19.0% harmful reasoning, if it is this DPO that the paper means; IPO has 10.9%")
 def dpo(lab):
     """The pairs of IPO, with both terms of the loss scored from the prompt on."""
     return lab.train(lab.pairs(), "--score-from", "prompt")
 
 
-@method("DPO, independent rollouts", PAPER, "as above, if its pairs share no prefix")
+@method("DPO, independent rollouts", PAPER,
+        "19.0% harmful reasoning, if it is this DPO that the paper means")
 def dpo_independent(lab):
     """Pairs of a safe and an unsafe rollout of the same prompt."""
     traces = lab.judged(lab.rollouts())

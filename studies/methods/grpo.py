@@ -4,6 +4,7 @@ import argparse
 from studies.lab import method
 
 PAPER = "arXiv 2509.24393, baseline"
+CLAIM = "DS-8B, reward not said: 18.5% harmful reasoning, in more than twice the time of IPO"
 # CHOICE: as many rollouts of a prompt as IPO makes generations: six, and up to six interventions.
 # The paper has at least 40, which is GRPO_EPOCHS=4.
 GROUP = ["--group-size", 12]
@@ -39,19 +40,19 @@ def size_flags(train_args):
     return flags
 
 
-@method("GRPO, I[y safe]", PAPER, "DS-8B, reward not said: 18.5% harmful reasoning")
+@method("GRPO, I[y safe]", PAPER, CLAIM)
 def grpo_response(lab):
     """A reward for a safe response."""
     return train(lab, "response")
 
 
-@method("GRPO, I[z safe] - I[y safe]", PAPER, "as above")
+@method("GRPO, I[z safe] - I[y safe]", PAPER, CLAIM)
 def grpo_gap(lab):
     """The gap between reasoning and response, taken literally."""
     return train(lab, "gap")
 
 
-@method("GRPO, I[z safe]", PAPER, "as above; more than twice the time of IPO")
+@method("GRPO, I[z safe]", PAPER, CLAIM)
 def grpo_reasoning(lab):
     """A reward for safe reasoning."""
     return train(lab, "reasoning")

@@ -3,6 +3,7 @@ from data import load_prompts
 from studies.lab import method
 
 PAPER = "arXiv 2509.24393"
+MORE = "N = 1 is used; more interventions leave less harm without training (60, 40, 25%)"
 ONLINE_ROUNDS = 3
 
 
@@ -28,14 +29,13 @@ def ipo_both(lab):
     return lab.train([lab.pairs(), benign], "--reference", lab.model, model=stage1)
 
 
-@method("IPO, stage 1, two interventions", PAPER,
-        "N = 1 is used; more interventions leave less harm without training (60, 40, 25%)")
+@method("IPO, stage 1, two interventions", PAPER, MORE)
 def ipo_n2(lab):
     """Where the first trigger does not hold, the next cue is replaced as well."""
     return lab.train(lab.pairs(rounds=2, name="pairs_n2"))
 
 
-@method("IPO, stage 1, three interventions", PAPER, "as above")
+@method("IPO, stage 1, three interventions", PAPER, MORE)
 def ipo_n3(lab):
     """Three rounds of intervention."""
     return lab.train(lab.pairs(rounds=3, name="pairs_n3"))
