@@ -15,7 +15,7 @@ usage: [VARIABLE=value ...] bash run.sh [command]
   test        the tests (further words go to pytest)
   figures     after a run: the safety dynamics behind the method, into the same report
   leaderboard every method of studies/methods at several learning rates, up to two hours
-              (QUICK=1: less of all, 15 minutes), into the same report
+              (QUICK=1: a part of it, 15 minutes), into the same report
 
 variable            default                            what it is
 
@@ -88,7 +88,7 @@ INSTRUCTION         prompts/instruction.txt            leaderboard: asks to thin
 TEACHER             toy/prompts/train_teacher.jsonl    leaderboard: safe traces of another model
 LIMIT_SETS          60                                 leaderboard: prompts of each set, picked by the
                                                        hash of their ids; 0 = all (as with your model)
-QUICK                                                  1: one seed, two rates, 40 prompts a set
+QUICK                                                  1: one seed and one rate, to go on from
 LEADERBOARD         runs/leaderboard                   leaderboard: where it is written (other domains:
                                                        RUN-leaderboard)
 ALSO                                                   1: bash run.sh makes the leaderboard as well
@@ -141,7 +141,7 @@ if [ -z "$environment" ]; then
     echo "installing into .venv (once)"
     "$PYTHON" -m venv .venv
     environment=.venv/bin/python
-    "$environment" -m pip install --quiet -c constraints.txt -e '.[figures,test]'
+    "$environment" -m pip install --quiet -c constraints.txt -e '.[figures,test,parallel]'
 fi
 PYTHON=$environment
 export TOKENIZERS_PARALLELISM=false
@@ -311,7 +311,7 @@ leaderboard() {  # adds the stages that compare methods
         echo "error: leaderboard evaluates on files; give EVAL=\"NAME=KIND:FILE ...\" instead of SETS" >&2
         exit 2
     fi
-    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5 9e-5} LIMIT_SETS=40; fi
+    if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5}; fi
     local apart=()  # a model that takes all GPUs: each command is started as a stage is
     if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
     if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
@@ -351,7 +351,13 @@ case $command in
             echo "{engine}, {judge}: the URL of a server that holds the stage's model, or its judge" >&2
         fi
         printf '# %s\n' "${stages[@]}" | sed 's/: /\n/' ;;
-    test) exec "$PYTHON" -m pytest -q "${@:2}" ;;
+    test)
+        together=()  # the tests of several files at the same time, where that is installed
+        if "$PYTHON" -c "import xdist" 2>/dev/null; then
+            together=(-n auto --maxprocesses 4 --dist loadfile)
+            export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+        fi
+        exec "$PYTHON" -m pytest -q "${together[@]}" "${@:2}" ;;
     figures)
         if [ ! -f "$RUN/report.html" ]; then
             echo "error: no finished run in $RUN: bash run.sh first" >&2

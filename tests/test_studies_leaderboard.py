@@ -265,7 +265,7 @@ def test_run_sh_gives_the_sweep_its_validation_sets(tmp_path):
 
     quick, _ = commands_of_run_sh(tmp_path, QUICK="1", BENIGN="")
     args = leaderboard.build_parser().parse_args(quick[2:])
-    assert (len(args.lrs), args.seeds, args.grpo_epochs, args.limit_sets) == (2, [0], 1, 40)
+    assert (args.lrs, args.seeds, args.grpo_epochs, args.limit_sets) == (["6e-5"], [0], 1, 60)
     assert args.benign == ""
 
 

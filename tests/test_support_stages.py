@@ -16,7 +16,7 @@ from support.record import deciding_flags, fingerprint
 from support.stages import check_output, close_stage, open_stage, run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ["*.py", "support/*", "prompts/*", "toy/rules.json"]
+CODE = ["*.py", "support/*", "domains/*", "prompts/*", "toy/rules.json"]
 PROGRAM = ROOT / "data.py"  # a small one
 
 
