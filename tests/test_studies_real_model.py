@@ -19,8 +19,11 @@ def test_a_killed_run_that_goes_on_counts_only_stages_with_an_end():
 
 
 def test_the_prompts_are_sets_that_the_evaluation_takes(tmp_path):
-    specs = parse_sets(real_model.write_prompts(tmp_path).split())
+    held_out, valid = real_model.write_prompts(tmp_path)
+    specs = parse_sets(held_out.split())
     loaded = load_sets(specs)
+    parse_sets([*held_out.split(), *valid.split()])  # their names differ
+    assert load_sets(parse_sets(valid.split()))["valid_sums"]
     assert [f"{name}={kind}" for name, kind, _ in specs] == real_model.SETS
     for name, prompts in loaded.items():
         assert len(prompts) == real_model.PROMPTS[f"eval_{name}"]
