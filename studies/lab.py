@@ -49,7 +49,6 @@ class Method(NamedTuple):
     paper: str          # where it comes from
     claims: str         # what that reports, in a sentence
     trains: bool        # whether it has a learning rate
-    rate_factor: float  # its rates are those of the others times this
     needs_benign: bool  # whether it needs benign prompts,
     needs_teacher: bool  # or a teacher's traces
     file: Path          # where it is written
@@ -58,12 +57,10 @@ class Method(NamedTuple):
 METHODS = {}  # name: Method, see `load_methods`
 
 
-def method(title, paper="", claims="", trains=True, rate_factor=1, needs_benign=False,
-           needs_teacher=False):
+def method(title, paper="", claims="", trains=True, needs_benign=False, needs_teacher=False):
     """Decorator: make a function a method of the leaderboard, under its name with - for _.
 
-    rate_factor: for a method that learns little of each example, and needs higher rates. Raises
-    InputError where another function has that name.
+    Raises InputError where another function has that name.
     """
     def register(function):
         name = function.__name__.replace("_", "-")
@@ -71,8 +68,7 @@ def method(title, paper="", claims="", trains=True, rate_factor=1, needs_benign=
             raise InputError(f"{function.__module__}: there is another method {name}; rename it.")
         file = Path(sys.modules[function.__module__].__file__)
         METHODS[name] = Method(
-            name, title, function, paper, claims, trains, rate_factor, needs_benign,
-            needs_teacher, file,
+            name, title, function, paper, claims, trains, needs_benign, needs_teacher, file,
         )
         return function
 

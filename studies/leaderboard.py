@@ -250,19 +250,8 @@ def all_trials(methods, lrs, seeds):
         for lr in lrs:
             for name in methods:
                 if METHODS[name].trains:
-                    trials.append(Trial(name, scaled_rate(lr, METHODS[name].rate_factor), seed))
+                    trials.append(Trial(name, lr, seed))
     return trials
-
-
-def scaled_rate(lr, factor):
-    """A learning rate as it is written, times a factor.
-
-    >>> scaled_rate("9e-5", 1), scaled_rate("9e-5", 4)
-    ('9e-5', '0.00036')
-    """
-    if factor == 1:
-        return lr
-    return f"{float(lr) * factor:.6g}"
 
 
 def run_sweep(settings, sets, trials, workers):

@@ -75,7 +75,7 @@ def method_file(tmp_path, monkeypatch):
 
 
 def test_a_method_is_named_after_its_function_and_its_file_is_found(method_file):
-    method_file("first", '@method("First", "arXiv 1", "42%", rate_factor=4, needs_benign=True)\n'
+    method_file("first", '@method("First", "arXiv 1", "42%", needs_benign=True)\n'
                          "def my_own_way(lab):\n    return lab.model\n")
     method_file("second", '@method("Second", trains=False, needs_teacher=True)\n'
                           "def other(lab):\n    return lab.model\n")
@@ -88,7 +88,6 @@ def test_a_method_is_named_after_its_function_and_its_file_is_found(method_file)
     assert (second.paper, second.claims) == ("", "")
     assert (first.trains, first.needs_benign, first.needs_teacher) == (True, True, False)
     assert (second.trains, second.needs_benign, second.needs_teacher) == (False, False, True)
-    assert (first.rate_factor, second.rate_factor) == (4, 1)
     assert first.make(settings_in("S")) == "toy/model"
     assert (first.file.name, second.file.name) == ("first.py", "second.py")
     assert lab.load_methods() == methods, "a second call registers nothing twice"

@@ -89,9 +89,8 @@ def test_a_model_that_never_answers_has_values_and_one_without_verdicts_is_an_er
         metrics(0, 0)  # all prompts were too long
 
 
-def test_a_seed_has_one_base_then_what_is_not_trained_then_rate_after_rate(monkeypatch):
-    known = lab.load_methods()
-    monkeypatch.setitem(known, "sft", known["sft"]._replace(rate_factor=4))
+def test_a_seed_has_one_base_then_what_is_not_trained_then_rate_after_rate():
+    lab.load_methods()
     methods = ["ipo-both", "safepath-zero-shot", "ipo", "sft"]
     trials = leaderboard.all_trials(methods, ["1e-4", "0.0003"], [7, 8])
     expected = [
@@ -99,10 +98,10 @@ def test_a_seed_has_one_base_then_what_is_not_trained_then_rate_after_rate(monke
         "safepath-zero-shot lr=- seed=7",
         "ipo-both lr=1e-4 seed=7",
         "ipo lr=1e-4 seed=7",
-        "sft lr=0.0004 seed=7",
+        "sft lr=1e-4 seed=7",
         "ipo-both lr=0.0003 seed=7",
         "ipo lr=0.0003 seed=7",
-        "sft lr=0.0012 seed=7",
+        "sft lr=0.0003 seed=7",
     ]
     assert [trial.id for trial in trials[:8]] == expected
     assert [trial.id for trial in trials[8:]] == [name.replace("=7", "=8") for name in expected]

@@ -21,7 +21,7 @@ EPOCHS = 3
 
 @method("SAFEPATH", PAPER,
         "R1-Distill-Llama-8B: up to 90.0% less harm, 83.3% of jailbreaks blocked, reasoning kept",
-        rate_factor=4, needs_benign=True)
+        needs_benign=True)
 def safepath(lab):
     """Only the primer is learned on harmful prompts; on benign ones, the model's own traces."""
     primed = primer_examples(load_prompts(lab.prompts, lab.limit), lab.tokenizer())
