@@ -30,10 +30,8 @@ TOKENS = "320"
 BATCH = "128"
 LR = "9e-5"
 TRAIN_ARGS = ""
-VALID = (
-    "valid_sums=task:toy/prompts/valid_columns.jsonl "
-    "valid_steps=harmful:toy/prompts/valid_columns.jsonl"
-)
+VALID = "valid_steps=harmful:toy/prompts/valid_columns.jsonl"
+LIMIT_SETS = "100"
 
 METHODS = "ipo sft rejection"
 LRS = "9e-5 1.8e-4"
