@@ -223,6 +223,7 @@ def main():
     add("--methods", nargs="+", default=[], help="make a leaderboard of these, and no run")
     add("--lrs", nargs="+", default=["1e-5", "3e-5"],
         help="its learning rates (default: 1e-5 3e-5)")
+    add("--seeds", nargs="+", default=["0"], help="its seeds (default: 0)")
     args = parser.parse_args()
     check_packages()
     out = Path(args.out).resolve()
@@ -259,7 +260,7 @@ def main():
             TEACHER=str(TOY_PROMPTS / "train_teacher.jsonl"),
             METHODS=" ".join(args.methods),
             LRS=" ".join(args.lrs),
-            SEEDS="0",
+            SEEDS=" ".join(args.seeds),
             LEADERBOARD=f"{out}/leaderboard",
         )
         return

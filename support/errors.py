@@ -32,7 +32,9 @@ def exit_cleanly(main):
     """Run a command line, and end it with one line on stderr where it cannot go on.
 
     The exit status is 130 after Ctrl-C, and 2 after an InputError, a ServiceError or an error of
-    the operating system that names a file. Other exceptions are bugs and keep their traceback.
+    the operating system that names a file. Where the reader of our output has gone, as `| head`
+    does, it is 141, as for any program that a broken pipe ends, and nothing is printed. Other
+    exceptions are bugs and keep their traceback.
     """
     # Not where it is ignored, as by the commands that a shell starts in its background.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -44,11 +46,25 @@ def exit_cleanly(main):
         exit_interrupted()
     except (InputError, ServiceError) as error:
         fail(error)
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        _let_go_of_stdout()
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None and error.errno not in REMEDIES:
             raise
         _let_go_of_stdout()
         fail(os_error_line(error))
+
+
+def _reader_has_left():
+    # A pipe of another kind may have broken too, such as that to a process of ours.
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def fail(message):

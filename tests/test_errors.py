@@ -170,6 +170,38 @@ def test_a_full_disk_under_standard_output(tmp_path):
     check_line(done.stderr, 2, "standard output: No space left on device")
 
 
+PRINTS = """
+from support.errors import exit_cleanly
+
+def main():
+    {}
+    print("a line", flush=True)
+
+exit_cleanly(main)
+"""
+
+
+def end_without_reader(code):
+    """Run code whose standard output nobody reads; returns its exit status and stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", PRINTS.format(code)], cwd=ROOT, stdout=writer,
+                          stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_silently():
+    assert end_without_reader("pass") == (141, "")  # as `bash run.sh plan | head -1`
+
+
+def test_another_broken_pipe_is_a_bug():
+    broken = subprocess.run([sys.executable, "-c", PRINTS.format("raise BrokenPipeError")],
+                            cwd=ROOT, capture_output=True, text=True)
+    assert broken.returncode == 1
+    assert broken.stderr.endswith("\nBrokenPipeError\n")
+
+
 def test_whatever_cannot_be_written_is_named(tmp_path, monkeypatch):
     no_space = OSError(28, "No space left on device")
 
