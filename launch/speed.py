@@ -2,6 +2,7 @@
 import heapq
 import math
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,9 @@ def hardware_named(name):
     >>> hardware_named("NVIDIA GeForce RTX 4090").memory
     24000000000.0
     """
-    plain = name.upper().replace(" ", "")
     for known, hardware in GPUS.items():
-        if known.upper().replace(" ", "") in plain:
+        words = known.replace(" ", " ?")
+        if re.search(rf"\b{words}\b", name, re.IGNORECASE):
             return hardware
     raise InputError(f"{name}: the plan does not know this GPU. It knows {', '.join(GPUS)}; name "
                      "the one nearest to yours with --gpu (PLAN_GPU=...).")

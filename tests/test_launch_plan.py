@@ -193,6 +193,16 @@ def test_the_printed_plan(monkeypatch, capsys):
     assert "--judge-concurrency 32" in shown
 
 
+def test_a_gpu_is_known_by_its_whole_name():
+    hopper = speed.hardware_named("H100")
+    assert speed.hardware_named("NVIDIA H100 80GB HBM3") == hopper
+    assert speed.hardware_named("NVIDIA H100 PCIe") != hopper
+    assert speed.hardware_named("rtx4090") == speed.hardware_named("NVIDIA GeForce RTX 4090")
+    for other in ("H1000", "NVIDIA L40S", "NVIDIA GH200 480GB"):
+        with pytest.raises(InputError, match="does not know this GPU"):
+            speed.hardware_named(other)
+
+
 def test_what_the_plan_cannot_know_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "visible_gpus", list)
     with pytest.raises(InputError, match="RTX 9999: the plan does not know this GPU. It knows H200.*--gpu"):
