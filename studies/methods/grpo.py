@@ -27,14 +27,19 @@ def size_flags(train_args):
 
     >>> size_flags(["--epochs", "1", "--lora-rank", "8", "--checkpoint-activations"])
     ['--lora-rank', '8', '--checkpoint-activations']
+    >>> size_flags(["--batch-size", "8", "--micro-tokens=4096"])
+    ['--micro-tokens', '4096']
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--lora-rank")
+    parser.add_argument("--micro-tokens")
     parser.add_argument("--checkpoint-activations", action="store_true")
     found, _ = parser.parse_known_args(train_args)
     flags = []
     if found.lora_rank:
         flags += ["--lora-rank", found.lora_rank]
+    if found.micro_tokens:
+        flags += ["--micro-tokens", found.micro_tokens]
     if found.checkpoint_activations:
         flags.append("--checkpoint-activations")
     return flags
