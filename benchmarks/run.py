@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.answers import Grader, brace_boxes, last_choice, pass_at_k, program_pieces
 from benchmarks.sandbox import LAYERS, active_layers, run_code
-from benchmarks.sets import SETS, find_prompts
+from benchmarks.sets import SETS, find_prompts, records_file
 from evaluate import (
     KINDS,
     Kind,
@@ -220,16 +220,24 @@ BENCHMARK_KINDS = {
 
 # ------------------------------------------------------------------------------------------- checks
 
-def published_sets(names, data_dir=None):
+def named_sets(names, data_dir=None):
     """[(name, kind, file of records)] of published sets by name; "gpqa" is enough for gpqa-diamond.
 
-    Raises InputError for an unknown name, and with the remedy for a set that was not fetched.
+    Raises InputError for an unknown name.
     """
     sets = []
     for name in names:
         full_name = published_name(name)
-        path = find_prompts(full_name, data_dir)
+        path = records_file(full_name, data_dir)
         sets.append((full_name, SETS[full_name].kind, str(path)))
+    return sets
+
+
+def published_sets(names, data_dir=None):
+    """The same; also raises InputError, with the remedy, for a set that was not fetched."""
+    sets = named_sets(names, data_dir)
+    for name, _, _ in sets:
+        find_prompts(name, data_dir)
     return sets
 
 

@@ -1,10 +1,10 @@
 """Prompts, triggers, sets and numbers: read before a run, as its stages will read them."""
 from pathlib import Path
 
-from benchmarks.run import BENCHMARK_KINDS, check_code, check_labels, published_sets
 from data import load_prompts, load_triggers
-from evaluate import KINDS, load_sets, parse_sets
+from evaluate import load_sets, parse_sets
 from launch.outputs import place
+from launch.stages import BENCHMARKS
 from launch.variables import NO_SET, shown_flag, variable
 
 POSITIVE = (
@@ -102,15 +102,14 @@ class Inputs:
     def _read_sets(self, stage):
         """The sets of an evaluation, one by one, so that each can have its own problem."""
         flags = stage.flags
-        kinds = BENCHMARK_KINDS if stage.program == "benchmarks.run" else KINDS
         found = []
         for flag in ("set", "valid"):
             for spec in getattr(flags, flag, []):
                 with self.findings.reporting(variable(stage, flag)):
-                    found += parse_sets([spec], kinds)
+                    found += parse_sets([spec], stage.kinds)
         for name in getattr(flags, "sets", []):
             with self.findings.reporting("SETS"):
-                found += published_sets([name], flags.data_dir)
+                found += stage.module.published_sets([name], flags.data_dir)
         if not (flags.set or getattr(flags, "sets", [])):
             self.findings.problem(NO_SET)
         names = [name for name, _, _ in found]
@@ -119,18 +118,21 @@ class Inputs:
                 self.findings.problem(f"EVAL: the set {name} comes twice.")
         for one in found:
             with self.findings.reporting(f"EVAL or SETS, {one[0]}"):
-                self._read_set(one, kinds, flags)
+                self._read_set(one, stage)
         self.sets[stage.title] = found
 
-    def _read_set(self, one, kinds, flags):
+    def _read_set(self, one, stage):
         """Read a set (name, kind, file); raises InputError where it cannot be used."""
         name, _, path = one
+        flags = stage.flags
         key = (f"set {name}", path)
-        check_code([one], getattr(flags, "allow_code_execution", True))
+        if stage.program == BENCHMARKS:
+            stage.module.check_code([one], flags.allow_code_execution)
         if key not in self.prompts:
             self.prompts[key] = []
-            loaded = load_sets([one], kinds, max(getattr(flags, "limit", 0), 0))
-            check_labels([one], loaded)
+            loaded = load_sets([one], stage.kinds, max(getattr(flags, "limit", 0), 0))
+            if stage.program == BENCHMARKS:
+                stage.module.check_labels([one], loaded)
             self.prompts[key] = loaded[name]
 
     def warn_of_leaks(self):

@@ -2,13 +2,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.run import BENCHMARK_KINDS, check_judge
-from benchmarks.sets import SETS
-from evaluate import EVAL_KEYS, KINDS
+from evaluate import EVAL_KEYS
 from intervene import ASKS, CUE_KEYS, JUDGE_KEYS, make_judge
 from launch.check_models import check_model
 from launch.probe import HURRY, try_judge
-from launch.stages import BY_RULES, EVALUATION, JUDGE
+from launch.stages import BENCHMARKS, BY_RULES, EVALUATION, JUDGE
 from support.errors import InputError
 from support.guards import local_name
 from support.http import without_password
@@ -63,9 +61,9 @@ def check_judges(stages, sets, findings, start):
         questions = _questions(stage, sets.get(stage.title, []))
         with findings.reporting(main.variable):
             _distribute(questions, main, other, asked)
-            if stage.program == "benchmarks.run":
-                published = [one for one in sets[stage.title] if one[0] in SETS]
-                check_judge(published, main.make())
+            if stage.program == BENCHMARKS:
+                published = [one for one in sets[stage.title] if one[0] in stage.module.SETS]
+                stage.module.check_judge(published, main.make())
     for flags, questions in asked.items():
         with findings.reporting(flags.shown):
             if flags.path:
@@ -98,10 +96,9 @@ def _questions(stage, sets):
     """What a stage asks its judge."""
     if stage.program not in EVALUATION:
         return ASKS.get(getattr(stage.flags, "command", None), ("reasoning",))
-    kinds = BENCHMARK_KINDS if stage.program == "benchmarks.run" else KINDS
     questions = {}  # used as an ordered set
     for name, kind, _ in sets:
-        questions.update(dict.fromkeys(kinds[kind].questions))
+        questions.update(dict.fromkeys(stage.kinds[kind].questions))
         if name in getattr(stage.flags, "rubric", ()):
             questions["strongreject"] = None
     return list(questions)

@@ -238,7 +238,7 @@ def plan_evaluation(stage, world):
     parts = []
     questions = []
     disk = 0
-    for one in sets_of(flags, world):
+    for one in sets_of(stage, world):
         mean = tokens_of_set(one, profile, trained)
         count = one.prompts * one.samples
         judged = one.kind in ("harmful", "strongreject", "benign", "xstest")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from intervene import STAGES
 from launch.check_judges import judges_of
-from launch.stages import EVALUATION, own_program
+from launch.stages import BENCHMARKS, EVALUATION, own_program
 from support.code_hash import code_hashes
 from support.files import read_json
 from support.record import changed_code, changed_settings, deciding_flags, fingerprint
@@ -105,7 +105,7 @@ def _compared_flags(stage):
         main, other = judges_of(stage)
         if other is None and not main.path:  # else its name says what is in the model's files
             flags["judge"] = main.make().name
-    if stage.program == "benchmarks.run":
+    if stage.program == BENCHMARKS:
         flags.pop("samples", None)  # recorded set by set
     if flags.get("batch_size") == "auto":
         del flags["batch_size"]  # recorded as the number that it came to

@@ -6,14 +6,17 @@ import io
 import os
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
+from evaluate import KINDS
 from support.errors import InputError
 from support.stages import check_output, sidecar
 
 # What starts other processes of a stage, before the stage's own program.
 TORCHRUN = "torch.distributed.run"
-EVALUATION = ("evaluate.py run", "benchmarks.run")  # the programs that evaluate
+BENCHMARKS = "benchmarks.run"  # evaluates on published sets too
+EVALUATION = ("evaluate.py run", BENCHMARKS)  # the programs that evaluate
 
 # In a stage's command: the addresses of servers that the runner starts.
 ENGINE = "{engine}"
@@ -35,6 +38,16 @@ class Stage(NamedTuple):
     command: list             # ["python3", "intervene.py", "rollouts", "--model", ...]
     program: str              # "intervene.py rollouts", "benchmarks.run", ...
     flags: argparse.Namespace
+    # The program itself. What `launch` needs of benchmarks.run it asks here, where a run has that
+    # stage: nothing imports it, because a fork may delete its folder.
+    module: ModuleType = None
+
+    @property
+    def kinds(self):
+        """The kinds of set that an evaluation knows: {name: evaluate.Kind}."""
+        if self.program == BENCHMARKS:
+            return self.module.BENCHMARK_KINDS
+        return KINDS
 
     @property
     def out(self):
@@ -79,7 +92,7 @@ def read_stages(lines):
 
 def _read_stage(title, command):
     name, words = own_program(command)
-    module = importlib.import_module(name)
+    module = _import_program(title, name)
     parser = module.build_parser()
     complaint = io.StringIO()
     try:
@@ -94,7 +107,16 @@ def _read_stage(title, command):
     subcommand = getattr(flags, "command", None)
     if subcommand:
         program += f" {subcommand}"
-    return Stage(title, command, program, flags)
+    return Stage(title, command, program, flags, module)
+
+
+def _import_program(title, name):
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith(error.name):  # a package that it needs
+            raise
+        raise InputError(f"{title}: there is no {error.name} in this folder.") from None
 
 
 def is_finished(stage):

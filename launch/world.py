@@ -2,15 +2,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.run import BENCHMARK_KINDS, published_name, samples_of_sets
-from benchmarks.sets import SETS, records_file
 from data import load_prompts
 from evaluate import parse_sets
 from launch import assumptions as assumed
 from launch.assumptions import PUBLIC_PROMPTS
 from launch.shape import Shape, read_shape
 from launch.speed import measurement_for
-from launch.stages import JUDGE
+from launch.stages import BENCHMARKS, JUDGE
 from support.errors import InputError
 
 
@@ -137,13 +135,14 @@ class Evaluated(NamedTuple):
     samples: int
 
 
-def sets_of(flags, world):
-    """[Evaluated] of an evaluation's flags, of either program."""
-    files = parse_sets(flags.set, BENCHMARK_KINDS)
-    for name in getattr(flags, "sets", ()):
-        full_name = published_name(name)
-        files.append((full_name, SETS[full_name].kind, records_file(full_name, flags.data_dir)))
-    samples = samples_of_sets([name for name, _, _ in files], flags.samples)
+def sets_of(stage, world):
+    """[Evaluated] of an evaluation's stage, of either program."""
+    flags = stage.flags
+    files = parse_sets(flags.set, stage.kinds)
+    samples = {name: flags.samples for name, _, _ in files}
+    if stage.program == BENCHMARKS:
+        files += stage.module.named_sets(flags.sets, flags.data_dir)
+        samples = stage.module.samples_of_sets([name for name, _, _ in files], flags.samples)
     sets = []
     for name, kind, path in files:
         count, tokens = prompts_in(path, flags.limit, world, name)
