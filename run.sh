@@ -88,7 +88,7 @@ INSTRUCTION         prompts/instruction.txt            leaderboard: asks to thin
 TEACHER             toy/prompts/train_teacher.jsonl    leaderboard: safe traces of another model
 LIMIT_SETS          60                                 leaderboard: prompts of each set, picked by the
                                                        hash of their ids; 0 = all (as with your model)
-QUICK                                                  1: one seed and one rate, to go on from
+QUICK                                                  1: one seed and, without LRS, one rate: to go on from
 LEADERBOARD         runs/leaderboard                   leaderboard: where it is written (other domains:
                                                        RUN-leaderboard)
 ALSO                                                   1: bash run.sh makes the leaderboard as well
@@ -314,7 +314,7 @@ leaderboard() {  # adds the stages that compare methods
     if [ -n "${QUICK:-}" ]; then SEEDS=${SEEDS:-0} LRS=${LRS:-6e-5}; fi
     local apart=()  # a model that takes all GPUs: each command is started as a stage is
     if [ -n "$ENGINE" ]; then apart+=(--served="--server {engine} --in-flight $IN_FLIGHT"); fi
-    if [ -n "$ENGINE$LAUNCH" ] || [ "$NPROC" != 1 ]; then
+    if [ -n "$ENGINE$LAUNCH$served" ] || [ "$NPROC" != 1 ]; then
         apart+=(--runner="$(printf '%q ' "${runner[@]:2}")" --launch="$(printf '%q ' "${launch[@]}")")
     fi
     local judge_words eval_words

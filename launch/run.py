@@ -259,6 +259,7 @@ def build_parser():
     add("stages", nargs="+", help="TITLE: COMMAND, quoted as for a shell")
     add("--run", help="the run folder, of which this command is then the one owner")
     add("--separate", action="store_true", help="a process for each stage")
+    add("--with-parent", action="store_true", help="end when the process that started this one does")
     add("--engine", metavar="TEMPLATE",
         help="server for {engine} in a stage: vllm, sglang or a command with {model} and {port}; "
              "with {gpus} one server on all GPUs, else one on each, at successive ports; {memory} "
@@ -296,6 +297,8 @@ def check(lines, options):
 def main(argv=None):
     """Run the stages that the command line lists; stop at the first that fails."""
     options = build_parser().parse_args(argv)
+    if options.with_parent:
+        _end_with(os.getppid())
     if options.plan:
         from launch.plan import print_plan
         print_plan(read_stages(options.stages), options)

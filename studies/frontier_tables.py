@@ -190,10 +190,15 @@ def notes(table):
     if count > 1:
         sentences.append("Intervals over seeds are Student's t.")
     if any(row["rank range"] for row in table["rows"]):
+        draws = "prompts; what other seeds would change, one cannot tell"
+        if count > 1:
+            draws = (
+                "seeds and prompts (of seeds alone where verdicts are missing; a bootstrap, too "
+                "narrow for few seeds)"
+            )
         sentences.append(
-            "Rank, 95%: where the rank lies in 95% of draws of other seeds and prompts (of seeds "
-            "alone where verdicts are missing; a bootstrap, too narrow for few seeds), at the "
-            "chosen rates. Methods whose ranges overlap may well be equal."
+            f"Rank, 95%: where the rank lies in 95% of draws of other {draws}, at the chosen "
+            "rates. Methods whose ranges overlap may well be equal."
         )
     pairings = []
     for pairing in ("by seed", "by prompt"):

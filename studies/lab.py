@@ -12,6 +12,7 @@ that do not depend on the learning rate belong to the seed, and are made once fo
 """
 import contextlib
 import fcntl
+import functools
 import importlib
 import importlib.util
 import os
@@ -52,6 +53,7 @@ class Method(NamedTuple):
     needs_benign: bool  # whether it needs benign prompts,
     needs_teacher: bool  # or a teacher's traces
     file: Path          # where it is written
+    code: dict          # hashes of that file and of what it imports, when it was imported
 
 
 METHODS = {}  # name: Method, see `load_methods`
@@ -69,21 +71,38 @@ def method(title, paper="", claims="", trains=True, needs_benign=False, needs_te
         file = Path(sys.modules[function.__module__].__file__)
         METHODS[name] = Method(
             name, title, function, paper, claims, trains, needs_benign, needs_teacher, file,
+            code_hashes(file),
         )
         return function
 
     return register
 
 
-def code_of(file, programs):
-    """The hash of a method's file and of the programs that it runs, with all that these import."""
-    files = [file]
+def code_of(method, programs):
+    """The hash of a method's file and of the programs that it runs, with all that these import.
+
+    It is that of the code which this process runs, whatever has been edited since. A program that
+    is gone has none.
+    """
+    hashes = dict(method.code)
     for program in programs:
-        files.append(Path(importlib.util.find_spec(program).origin))
-    hashes = {}
-    for path in files:
-        hashes |= code_hashes(path)
+        if find_program(program):
+            hashes |= imported_code(importlib.import_module(program))
     return digest(json_line(dict(sorted(hashes.items()))))
+
+
+def find_program(program):
+    """Whether there is such a module, as "studies.sft"."""
+    try:
+        return importlib.util.find_spec(program) is not None
+    except ModuleNotFoundError:  # not even its folder
+        return False
+
+
+@functools.cache
+def imported_code(module):
+    """{file: hash} of a module and of all that it imports; call it when that is imported."""
+    return code_hashes(module.__file__)
 
 
 def load_methods():
@@ -94,7 +113,9 @@ def load_methods():
     for module in pkgutil.iter_modules(methods_folder.__path__):
         try:
             importlib.import_module(f"studies.methods.{module.name}")
-        except (SyntaxError, ImportError, NameError) as error:
+        except InputError:
+            raise
+        except Exception as error:
             raise InputError(
                 f"studies/methods/{module.name}.py cannot be imported: {error}. Mend it, or move "
                 "it out of that folder."
@@ -233,7 +254,7 @@ class Lab:
         )
         verdicts = self.run(
             "intervene", "judge", *(judging or self.judging), "--traces", rollouts,
-            "--steps", steps, "--out", rollouts.with_name(f"{name}.jsonl"),
+            "--steps", steps, "--out", rollouts.parent / f"{name}.jsonl",
         )
         return {"--traces": rollouts, "--steps": steps, "--verdicts": verdicts}
 
@@ -246,7 +267,8 @@ class Lab:
               name="pairs"):
         """Pairs by intervention (Algorithm 1) on the rollouts in `folder`; returns their path.
 
-        Without arguments they are those of the base model, for all methods.
+        Without arguments they are those of the base model, for all methods. A method that makes
+        others gives them a name such as "NAME/pairs" with its own, so that AGAIN removes them.
         """
         rollouts = self.rollouts(folder, model, prompts)
         verdicts = "verdicts"
@@ -257,7 +279,7 @@ class Lab:
             "intervene", "pairs", "--model", model or self.model, *self.sampling_flags,
             *(judging or self.judging), "--triggers", triggers or self.triggers,
             "--max-interventions", rounds, *words_of(files),
-            "--out", rollouts.with_name(f"{name}.jsonl"),
+            "--out", rollouts.parent / f"{name}.jsonl",
         )
 
     # --------------------------------------------------------------------------- the training
@@ -331,8 +353,10 @@ def run_command(settings, command):
     if settings.runner:
         run_by_runner(settings, command)
         return
+    program = importlib.import_module(command.program)
+    imported_code(program)
     try:
-        importlib.import_module(command.program).main(command.words)
+        program.main(command.words)
     except ServiceError as error:
         raise ServiceError(str(error)) from None
     except SystemExit:
@@ -345,7 +369,10 @@ def run_command(settings, command):
 def run_by_runner(settings, command):
     """Run one command as run.sh runs a stage: on all GPUs, or from a server started for it."""
     line = f"{command.out}: {shlex.join(start_words(settings, command))}"
-    runner = [sys.executable, "-m", "launch.run", "--separate", "--run", str(settings.out)]
+    runner = [
+        sys.executable, "-m", "launch.run", "--separate", "--with-parent",
+        "--run", str(settings.out),
+    ]
     # Not the log that stands in for sys.stdout: a child needs a file of the system.
     log = sys.stdout
     status = subprocess.run([*runner, *settings.runner, line], stdout=log, stderr=log).returncode

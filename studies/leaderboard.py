@@ -40,6 +40,7 @@ DEFAULT_RATES = ["6e-5", "9e-5", "1.3e-4"]
 # Flags that may change: a finished sweep can grow, its results are kept by their values; and how
 # its commands are started decides none of them.
 FREE_FLAGS = ("methods", "again", "lrs", "seeds", "workers", "launch", "runner")
+SERVED_JUDGE = "{judge}"  # stands for the address of a server that launch.run starts
 
 
 class Sets(NamedTuple):
@@ -81,7 +82,7 @@ def run_trial(settings, sets, trial):
             method = load_methods()[trial.method]
             model = make_model(method, lab)
             described = {field: getattr(method, field) for field in described}
-            code = code_of(method.file, lab.programs())
+            code = code_of(method, lab.programs())
         cost = lab.cost()
         programs = lab.programs()
         evaluation = evaluate_model(lab, sets, model)
@@ -157,18 +158,20 @@ def value_of(estimate, folder, metric):
     >>> value_of({"value": 0.5, "n": 6, "n_unjudged": 0, "n_truncated": 2}, "eval", "b/compliance")
     0.375
     """
-    n = estimate["n"]
     n_truncated = estimate["n_truncated"]
+    n_unjudged = estimate["n_unjudged"]
     value = estimate["value"]
-    if value is None and (estimate["n_unjudged"] or not n_truncated):
+    if value is None and (n_unjudged or not n_truncated):
         raise InputError(
             f"{folder}: {metric} has no verdicts at all. Check the judge and --max-new-tokens, "
             "delete the folder, and start again."
         )
     if metric.endswith(("/compliance", "/response")):
         # CHOICE: a truncated trace has no response, so it neither complies nor does harm. Left out,
-        # it would let a model that answers one prompt in ten look compliant.
-        return (value or 0.0) * n / (n + n_truncated)
+        # it would let a model that answers one prompt in ten look compliant. One without a verdict
+        # counts like those that have one.
+        n_complete = estimate["n"] + n_unjudged
+        return (value or 0.0) * n_complete / (n_complete + n_truncated)
     return value  # reasoning and accuracy have the values of truncated traces already
 
 
@@ -225,7 +228,7 @@ def refuse_edited(path):
             continue
         key = (method.name, *record["programs"])
         if key not in codes:
-            codes[key] = code_of(method.file, record["programs"])
+            codes[key] = code_of(method, record["programs"])
         if codes[key] != record["code"]:
             edited.add(method.name)
     if edited:
@@ -430,6 +433,23 @@ def thin_sets(specs, limit, folder):
     return thinned
 
 
+def judge_names(judging, eval_judging, out):
+    """Names of the judge that the data is built with and of the one that evaluates.
+
+    They hold a hash of rules or prompts, so that results by different ones are never mixed. Of a
+    judge that launch.run serves there is none: its model is among the flags.
+    """
+    if SERVED_JUDGE in judging:
+        return None
+    parser = argparse.ArgumentParser(prog="--judging", add_help=False)
+    intervene.add_judge_flags(parser)
+    evaluate.add_eval_judge_flags(parser)
+    parser.set_defaults(out=f"{out}/results.jsonl")  # its cache of replies lies beside that
+    builds = intervene.judge_from_flags(parser.parse_args(judging))
+    evaluates = evaluate.eval_judge_from_flags(parser.parse_args(eval_judging), f"{out}/eval")
+    return [builds.name, evaluates.name]
+
+
 def main(argv=None):
     """Run the sweep, or what is left of it."""
     args = build_parser().parse_args(argv)
@@ -450,6 +470,7 @@ def main(argv=None):
     for name in FREE_FLAGS:
         del flags[name]
     flags["served"] = bool(args.served)
+    flags["judges"] = judge_names(args.judging, args.eval_judging, args.out)
     files = [args.prompts, args.benign, args.triggers, args.instruction, args.teacher]
     inputs = [args.model, *filter(None, files), *(path for *_, path in both)]
     open_stage(__file__, args.out, flags, inputs)

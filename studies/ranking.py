@@ -86,13 +86,14 @@ def seeds_to_use(base_records, others):
     """The base model's seeds that at least half of all other points have, in order.
 
     base_records: {seed: record}; others: such a dict of each point. Early in a sweep no seed may
-    be so common; then it is the most common one.
+    be so common, or no point may have all of them; then it is the most common one.
     """
     counts = {}
     for seed in sorted(base_records):
         counts[seed] = sum(seed in by_seed for by_seed in others)
     used = [seed for seed, count in counts.items() if 2 * count >= len(others)]
-    if not used:
+    complete = [by_seed for by_seed in others if set(used) <= set(by_seed)]
+    if not used or (others and not complete):
         used = [max(counts, key=counts.get)]
     for seed, count in counts.items():
         if seed not in used:

@@ -40,7 +40,7 @@ def run_jobs(jobs, workers):
                 job = next_ready(waiting, running.values())
                 if job:
                     waiting.remove(job)
-                    connection.send((job.function, job.arguments))
+                    send(connection, job)
                     running[connection] = job.name
             assert running, f"{waiting[0].name} waits for a job that waits for it"
             for connection in wait(list(running)):
@@ -61,17 +61,30 @@ def next_ready(waiting, running):
     return None
 
 
+def send(connection, job):
+    """Give a job to a worker. Raises ServiceError where that has died."""
+    try:
+        connection.send((job.function, job.arguments))
+    except ConnectionError:
+        raise died(job.name) from None
+
+
 def receive(connection, name):
     """The result of a job. Raises what it raised, and ServiceError where its process has died."""
     try:
         result, error = connection.recv()
-    except EOFError:
-        raise ServiceError(
-            f"{name}: its process has died, perhaps for lack of memory. Try fewer workers."
-        ) from None
+    except (EOFError, ConnectionError):  # the second one if it had not read its job yet
+        raise died(name) from None
     if error:
         raise error
     return result
+
+
+def died(name):
+    """The error of a job whose process is gone."""
+    return ServiceError(
+        f"{name}: its process has died, perhaps for lack of memory. Try fewer workers."
+    )
 
 
 def start_workers(count):

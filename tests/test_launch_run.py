@@ -2,6 +2,7 @@
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -82,6 +83,27 @@ def test_a_second_run_in_the_same_folder_ends_at_once_and_names_the_owner(tmp_pa
     assert (run / ".lock").exists()
     done = subprocess.run(runner("[]"), cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("finished in 0 s\n", "") and not (run / ".lock").exists()
+
+
+@pytest.mark.parametrize("flags", [["--with-parent"], []])
+def test_a_runner_ends_with_the_process_that_started_it_where_that_is_asked_for(tmp_path, flags):
+    code = "import time\nfrom launch import run\nrun.check = lambda *_: time.sleep(600)\nrun.main()"
+    runner = [sys.executable, "-c", code, *flags, "--run", str(tmp_path), "a stage"]
+    parent = started(["bash", "-c", f"{shlex.join(runner)} & wait"], tmp_path / ".lock")
+    pid = int((tmp_path / ".lock").read_text().split()[1])
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + (20 if flags else 3)
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert is_running(pid) == (not flags)
+    if not flags:  # as with nohup
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().split()[2] != "Z"
 
 
 def test_two_processes_cannot_make_one_output(tmp_path):

@@ -129,6 +129,13 @@ def test_a_sweep_under_way_counts_the_seeds_that_half_of_all_points_have(results
         said = capsys.readouterr().out
         assert (f"left out: seed 1, which {count} of 6 points have" in said) == (seeds == [0])
         assert said.count("not all of its seeds") == 6 - len(points)
+    # Half of the points have one seed, half the other: then one of the two is better than none.
+    trained = {r["id"]: r for r in sweep_records() if r["method"] != "base"}.values()
+    bases = [r for r in records if r["method"] == "base"]
+    apart = [r for number, r in enumerate(trained) if r["seed"] == number % 2]
+    write_jsonl(results, bases + apart)
+    base, frontiers = ranking.read_points(results)
+    assert len(base.records) == 1 and frontiers
     write_jsonl(results, records[1:2])
     base, frontiers = ranking.read_points(results)
     assert (len(base.records), frontiers) == (1, {}), "the base model alone"

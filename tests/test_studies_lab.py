@@ -1,5 +1,7 @@
 """What a method is given: the decorator, the commands behind a method, costs, locks, own losses."""
+import importlib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -61,6 +63,7 @@ def method_file(tmp_path, monkeypatch):
     folder.mkdir()
     places = [*studies.methods.__path__, str(folder)]
     monkeypatch.setattr(studies.methods, "__path__", places)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     lab.load_methods()
     before = dict(lab.METHODS)
 
@@ -105,6 +108,9 @@ def test_a_file_that_cannot_be_imported_is_named(method_file):
     method_file("broken", "def other(lab)\n    return lab.model\n")
     with pytest.raises(InputError, match="studies/methods/broken.py cannot be imported: .*Mend it"):
         lab.load_methods()
+    method_file("broken", '@method("Mine", needs_bening=True)\ndef mine(lab):\n    return None\n')
+    with pytest.raises(InputError, match="broken.py cannot be imported: .*needs_bening"):
+        lab.load_methods()
 
 
 def test_an_error_in_a_method_is_one_line_and_its_traceback_is_in_the_log(tmp_path, capsys):
@@ -129,14 +135,39 @@ def test_every_file_of_methods_is_loaded():
     assert files == with_methods
 
 
-def test_a_comment_is_no_other_code(tmp_path):
-    path = tmp_path / "mine.py"
+def test_a_comment_is_no_other_code(method_file):
     codes = []
-    for text in ("x = 1\n", '"""Text."""\nx = 1  # why\n', "x = 2\n"):
-        path.write_text(text)
-        codes.append(lab.code_of(path, []))
+    for text in ("return 1\n", '"""Text."""\n    return 1  # why\n', "return 2\n"):
+        lab.METHODS.pop("mine", None)
+        sys.modules.pop("studies.methods.own", None)
+        method_file("own", f'@method("Mine")\ndef mine(lab):\n    {text}')
+        mine = lab.load_methods()["mine"]
+        codes.append(lab.code_of(mine, []))
     assert codes[0] == codes[1] != codes[2]
-    assert lab.code_of(path, ["studies.sft"]) != lab.code_of(path, ["studies.grpo"]) != codes[2]
+    assert lab.code_of(mine, ["studies.sft"]) != lab.code_of(mine, ["studies.grpo"]) != codes[2]
+    assert lab.code_of(mine, ["studies.gone", "gone.too"]) == codes[2]
+
+
+def test_the_code_of_a_method_is_what_this_process_has_imported(method_file):
+    text = '@method("Mine")\ndef mine(lab):\n    return "first"\n'
+    method_file("own", text)
+    imported = lab.load_methods()["mine"]
+    code = lab.code_of(imported, [])
+    method_file("own", text.replace("first", "second"))  # edited while the sweep is under way
+    assert imported.make(None) == "first"
+    assert lab.code_of(lab.load_methods()["mine"], []) == code
+    lab.METHODS.pop("mine")
+    del sys.modules["studies.methods.own"]
+    assert lab.code_of(lab.load_methods()["mine"], []) != code
+
+
+def test_the_runner_can_read_the_flags_of_every_program_of_a_method():
+    programs = {"intervene", "ipo", "evaluate"}
+    for path in [Path(lab.__file__), *(ROOT / "studies" / "methods").glob("*.py")]:
+        programs |= set(re.findall(r'"(studies\.[a-z_.]+)"', path.read_text()))
+    assert len(programs) > 8
+    for program in programs:
+        assert importlib.import_module(program).build_parser(), program
 
 
 def rollout(tokenizer, prompt, k, z, y, truncated=False):

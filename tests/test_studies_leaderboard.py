@@ -16,6 +16,7 @@ import studies.methods
 from data import load_prompts
 from domains.safety import Judge
 from studies import lab, leaderboard
+from studies.methods import examples
 from support.errors import InputError
 from support.files import read_json, read_jsonl, write_json, write_jsonl
 
@@ -53,13 +54,16 @@ def test_truncated_responses_count_in_what_is_measured_on_responses(tmp_path):
         "h": {
             "kind": "harmful",
             "reasoning": estimate([1] * 6 + [0] * 4, 0),  # truncated reasoning is judged
-            "response": estimate([1, 1, 0, 0, None], 5),  # one of ten has no verdict
+            "response": estimate([1, 1, 0, 0, None], 5),  # of ten one has no verdict
         },
         "t": {"kind": "task", "accuracy": estimate([1] * 3 + [0] * 7, 5, scored=True)},
     }
     write_json(tmp_path / "metrics.json", {"sets": sets})
     assert leaderboard.read_metrics(tmp_path) == pytest.approx({
-        "b/compliance": 4 / 10, "h/reasoning": 6 / 10, "h/response": 2 / 9, "t/accuracy": 3 / 10,
+        "b/compliance": 4 / 10,
+        "h/reasoning": 6 / 10,
+        "h/response": 2.5 / 10,
+        "t/accuracy": 3 / 10,
     })
 
 
@@ -82,6 +86,9 @@ def test_a_model_that_never_answers_has_values_and_one_without_verdicts_is_an_er
         return leaderboard.read_metrics(tmp_path)
 
     assert metrics(n_truncated=4, n_unjudged=0) == {"b/compliance": 0.0}
+    # Six of ten complete, of which three are judged and two of these comply.
+    estimate = {"value": 2 / 3, "n": 3, "n_unjudged": 3, "n_truncated": 4}
+    assert leaderboard.value_of(estimate, "eval", "b/compliance") == pytest.approx(0.6 * 2 / 3)
     for n_truncated in (0, 4):
         with pytest.raises(InputError, match="b/compliance has no verdicts at all"):
             metrics(n_truncated, n_unjudged=2)
@@ -213,7 +220,7 @@ def test_more_interventions_differ_from_one_in_that_flag_alone(monkeypatch, name
     settings = settings_like_run_sh("t.txt")
     one = commands_behind(monkeypatch, settings, "ipo", "1e-4", 0)
     more = commands_behind(monkeypatch, settings, name, "1e-4", 0)
-    place = f"S/seed0/pairs_n{rounds}.jsonl"
+    place = f"S/seed0/{name}/pairs.jsonl"
     places = {place: "S/seed0/pairs.jsonl", f"S/seed0/{name}-1e-4/model": "S/seed0/ipo-1e-4/model"}
     with_one = parsed("intervene", one["S/seed0/pairs.jsonl"].words, {})
     with_more = parsed("intervene", more[place].words, places)
@@ -266,6 +273,13 @@ def test_run_sh_gives_the_sweep_its_validation_sets(tmp_path):
     args = leaderboard.build_parser().parse_args(quick[2:])
     assert (args.lrs, args.seeds, args.grpo_epochs, args.limit_sets) == (["6e-5"], [0], 1, 60)
     assert args.benign == ""
+
+
+def test_a_judge_that_is_served_is_started_for_each_command(tmp_path):
+    sweep, _ = commands_of_run_sh(tmp_path, JUDGE="serve:my/judge")
+    args = leaderboard.build_parser().parse_args(sweep[2:])
+    assert args.runner and "{judge}" in args.judging
+    assert args.judging[args.judging.index("--judge-model") + 1] == "my/judge"
 
 
 def test_another_model_needs_validation_sets_and_rates_of_its_own():
@@ -693,10 +707,32 @@ def test_again_removes_the_models_of_a_method_and_of_no_other(tmp_path):
     assert left == ["0", "2", "3", "5"]
 
 
+def test_answers_that_a_method_selects_are_in_a_folder_of_its_own(monkeypatch):
+    # So that AGAIN removes them with the models.
+    monkeypatch.setattr(lab.Lab, "run", lambda self, program, *words: words[-1])
+    monkeypatch.setattr(examples, "read_jsonl", lambda path: [path])
+    monkeypatch.setattr(examples, "example_of", str)
+    trial = lab.Lab(settings_like_run_sh("t.txt"), "thinksafe", "1e-4", 0)
+    assert examples.answered_examples(trial) == ["S/seed0/thinksafe/answered.jsonl"]
+
+
+def test_an_edited_judge_is_another_sweep(tmp_path):
+    rules = tmp_path / "rules.json"
+    rules.write_text((ROOT / "toy" / "rules.json").read_text())
+    names = []
+    words = ["--judge", f"rules:{rules}"]
+    for _ in range(2):
+        names.append(leaderboard.judge_names(words, [*words, "--eval-judge", "rules"], tmp_path))
+        rules.write_text(rules.read_text().replace("ashagon", "ashagone"))
+    (first, evaluates), (second, still) = names
+    assert first != second and evaluates == still
+    assert leaderboard.judge_names(["--judge", "{judge}"], [], tmp_path) is None
+
+
 def test_methods_without_a_file_are_not_edited(tmp_path):
     lab.load_methods()
     programs = ["ipo", "studies.sft"]
-    code = lab.code_of(lab.METHODS["sft"].file, programs)
+    code = lab.code_of(lab.METHODS["sft"], programs)
     path = tmp_path / "results.jsonl"
     records = [
         {"id": "0", "method": "base", "code": "", "programs": []},

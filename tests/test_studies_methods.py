@@ -47,6 +47,7 @@ class FakeLab:
 
     def __init__(self, folder, tokenizer, judged=(), benign=()):
         self.shared = folder
+        self.name = "method"
         self.lr = "1e-4"
         self.seed = 0
         self.limit = 0

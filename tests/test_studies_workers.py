@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.workers import Job, run_jobs
+from studies.workers import Job, receive, run_jobs, send
 from support.errors import ServiceError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +55,16 @@ def test_an_error_ends_the_other_jobs():
 def test_a_job_whose_process_dies_is_named():
     with pytest.raises(ServiceError, match="hungry: its process has died"):
         list(run_jobs([Job("hungry", (), os._exit, (9,))], 1))
+
+
+def test_a_process_that_dies_before_it_reads_its_job_is_named():
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("a job")
+    theirs.close()  # with something unread in it
+    with pytest.raises(ServiceError, match="hungry: its process has died"):
+        receive(ours, "hungry")
+    with pytest.raises(ServiceError, match="hungry: its process has died"):
+        send(ours, Job("hungry", (), os._exit, (9,)))
 
 
 def is_alive(pid):

@@ -31,10 +31,9 @@ def example_of(trace, prompt_ids=None):
 
 def answered_examples(lab):
     """Examples of the base model's own full answers to the benign prompts."""
-    rollouts = lab.benign_rollouts()
     answered = lab.run(
-        "studies.methods.examples", "--traces", rollouts, *lab.judging,
-        "--out", rollouts.with_name("answered.jsonl"),
+        "studies.methods.examples", "--traces", lab.benign_rollouts(), *lab.judging,
+        "--out", lab.shared / lab.name / "answered.jsonl",
     )
     return [example_of(trace) for trace in read_jsonl(answered)]
 
@@ -57,11 +56,16 @@ def keep_answered(traces, judge, out):
     return counts, {}
 
 
-def main(argv=None):
-    """Run the selection from the command line."""
+def build_parser():
+    """The command line of the selection."""
     parser = study_parser("methods.examples", "Keep rollouts that answer in full.", ["traces"])
     add_judge_flags(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Run the selection from the command line."""
+    args = build_parser().parse_args(argv)
     judge = judge_from_flags(args)
     require_questions(judge, ["compliance"])
     # The judge's name holds a hash of its rules or prompts.

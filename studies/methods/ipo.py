@@ -32,13 +32,13 @@ def ipo_both(lab):
 @method("IPO, stage 1, two interventions", PAPER, MORE)
 def ipo_n2(lab):
     """Where the first trigger does not hold, the next cue is replaced as well."""
-    return lab.train(lab.pairs(rounds=2, name="pairs_n2"))
+    return lab.train(lab.pairs(rounds=2, name=f"{lab.name}/pairs"))
 
 
 @method("IPO, stage 1, three interventions", PAPER, MORE)
 def ipo_n3(lab):
     """Three rounds of intervention."""
-    return lab.train(lab.pairs(rounds=3, name="pairs_n3"))
+    return lab.train(lab.pairs(rounds=3, name=f"{lab.name}/pairs"))
 
 
 @method("IPO, stage 1, online", PAPER, "not in the paper, whose pairs come from the base model")

@@ -22,12 +22,12 @@ LONGEST = 32  # tokens of a reply
 def self_judging(lab):
     """IPO's first stage without any judge but the base model."""
     judging = own_judge(lab)
-    pairs = lab.pairs(judging=judging, name="self_judging")
-    own = lab.judged(lab.rollouts(), judging, "self_judging_verdicts")
+    pairs = lab.pairs(judging=judging, name=f"{lab.name}/pairs")
+    own = lab.judged(lab.rollouts(), judging, f"{lab.name}/pairs_verdicts")
     # A lab of its own: the usual judge is only compared with, and is no part of the cost.
     usual = Lab(lab.settings, lab.name, lab.lr, lab.seed)
     found = agreement(own, usual.judged(usual.rollouts()))
-    lab.write("self_judging_agreement.jsonl", [found])
+    lab.write(f"{lab.name}/agreement.jsonl", [found])
     print("self-judging against the usual judge:", found)
     return lab.train(pairs)
 
