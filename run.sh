@@ -15,7 +15,7 @@ usage: [VARIABLE=value ...] bash run.sh [command]
   test        the tests (further words go to pytest)
   figures     after a run: the safety dynamics behind the method, into the same report
   leaderboard every method of studies/methods at several learning rates, up to two hours
-              (QUICK=1: a part of it, 15 minutes), into the same report
+              (QUICK=1: a part of it, 12 minutes), into the same report
 
 variable            default                            what it is
 
@@ -31,7 +31,7 @@ EVAL                seven sets of the toy world        sets to evaluate on, NAME
 SETS                                                   published sets, as in jbb,xstest,math500, which
                                                        `python -m benchmarks.fetch` has fetched
 TRIGGERS            prompts/triggers.txt               pool of safety triggers, one a line
-LIMIT               0                                  use only the first of all these; 0 = all
+LIMIT               0                                  use only the first so many of each file; 0 = all
 RUN                 runs/toy                           where everything is written
 
 SAMPLES             one for each trigger               rollouts of a harmful prompt
@@ -81,8 +81,8 @@ CONTINUATIONS       32                                 figures: continuations of
 VALID               three sets of the toy world        leaderboard: sets to choose learning rates by,
                                                        NAME=KIND:FILE ... as in EVAL
 METHODS, LRS, SEEDS, GRPO_EPOCHS, WORKERS              leaderboard: see python -m studies.leaderboard --help
-                                                       (LR, LR2, SEED, INTERVENTIONS, SERVER and
-                                                       EVAL_ARGS have no effect on it)
+                                                       (LR, LR2, SEED, INTERVENTIONS, SETS, SERVER,
+                                                       EVAL_SERVER, EVAL_ARGS have no effect on it)
 AGAIN                                                  leaderboard: methods whose models are made again
 INSTRUCTION         prompts/instruction.txt            leaderboard: asks to think of safety first
 TEACHER             toy/prompts/train_teacher.jsonl    leaderboard: safe traces of another model

@@ -421,8 +421,8 @@ def curve_section(summary):
     """Figure 6."""
     return Section(
         "Figure 6: interventions without training",
-        "See how far a trigger in the cue's place lowers the harmful share, and that a neutral "
-        "sentence there does not.",
+        "See how far a trigger in the cue's place lowers the harmful share, and a neutral sentence "
+        "there.",
         f"After one intervention: {compare_with_paper(summary['overall'][1], 0.6)} "
         f"After the last: {compare_with_paper(summary['overall'][-1], 0.15)}",
         panels(panel(draw_curve, summary, "harmful share after interventions")),

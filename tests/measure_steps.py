@@ -33,8 +33,9 @@ def boundaries(pieces):
 
 def compare_with_toy(count, seed, triggers_path, judge):
     """Steps and cues against what the generator of the toy world knows about its own texts."""
-    triggers = load_triggers(triggers_path)
-    examples = list(corpus(make_world(), count, triggers, seed=seed))
+    pools = {"triggers": load_triggers(triggers_path), "checks": load_triggers("prompts/checks.txt")}
+    [instruction] = load_triggers("prompts/instruction.txt")
+    examples = list(corpus(make_world(), count, pools, instruction, seed=seed))
     exact = 0
     for example in examples:
         steps = split_steps(" ".join(example.steps) + "\n")

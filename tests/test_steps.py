@@ -6,8 +6,10 @@ import re
 import time
 
 import pytest
-from intervene import split_steps
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from intervene import DEFAULT_TRIGGERS, make_judge, split_steps
+from tests import measure_steps
 
 # Not part of the repository.
 STAR = pathlib.Path(__file__).resolve().parents[2] / "shared/data/STAR-1.json"
@@ -269,6 +271,14 @@ def test_properties_hold_on_random_text():
         check_properties(text)
     total = sum(len(split_steps(text)) for text in texts)
     assert total > 3 * len(texts), "too few boundaries to test"
+
+
+def test_the_toy_worlds_traces_are_cut_into_the_sentences_that_they_were_made_of(monkeypatch, capsys):
+    monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
+    measure_steps.compare_with_toy(200, 1, DEFAULT_TRIGGERS, make_judge("rules"))
+    shown = capsys.readouterr().out
+    assert "steps: 200 of 200 traces" in shown
+    assert shown.count("accuracy 1.000") == 2, "of cues and of verdicts"
 
 
 @pytest.mark.skipif(not STAR.exists(), reason=NO_STAR)

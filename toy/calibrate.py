@@ -1,6 +1,6 @@
 """Measure a base model of the toy world against the criteria of toy/README.md.
 
-    python toy/calibrate.py --model toy/model --out runs/calibration     # 10 minutes
+    python toy/calibrate.py --model toy/model --out runs/calibration     # 15 minutes
 
 Only the base model is looked at, on held-out prompts, before any method is trained on it. Each
 figure comes from a command that anyone could run; they skip what is finished.

@@ -1,6 +1,6 @@
 """Rebuild the tiny model and its prompt sets from scratch, with the project's own code.
 
-    python toy/make.py                                # 10 minutes on one core: model and prompts
+    python toy/make.py                                # 12 minutes on one core: model and prompts
     python toy/make.py --base MODEL --out runs/base   # teach another model the same world
 
 Everything is drawn from the seeds below (corpus and weights: --seed, 1). The corpus itself is not
