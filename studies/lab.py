@@ -354,7 +354,7 @@ def run_command(settings, command):
         run_by_runner(settings, command)
         return
     program = importlib.import_module(command.program)
-    imported_code(program)
+    imported_code(program)  # its hashes now, for `code_of`: later it may have been edited
     try:
         program.main(command.words)
     except ServiceError as error:
