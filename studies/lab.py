@@ -68,10 +68,11 @@ def method(title, paper="", claims="", trains=True, needs_benign=False, needs_te
         name = function.__name__.replace("_", "-")
         if name in METHODS or name == "base":
             raise InputError(f"{function.__module__}: there is another method {name}; rename it.")
-        file = Path(sys.modules[function.__module__].__file__)
+        module = sys.modules[function.__module__]
         METHODS[name] = Method(
-            name, title, function, paper, claims, trains, needs_benign, needs_teacher, file,
-            code_hashes(file),
+            name, title, function, paper, claims, trains, needs_benign, needs_teacher,
+            file=Path(module.__file__),
+            code=imported_code(module),
         )
         return function
 
