@@ -40,7 +40,7 @@ def set_lines(base, frontiers):
 
 
 def share_text(estimate):
-    """A share in per cent, with its interval where there are several seeds; "" without one.
+    """A share in per cent, with its interval, of one seed over prompts; "" without a share.
 
     >>> share_text({"value": 0.2, "low": 0.1, "high": 0.3, "n": 3})
     '20.0 [10, 30]'
@@ -48,7 +48,7 @@ def share_text(estimate):
     if not estimate:
         return ""
     text = f"{100 * estimate['value']:.1f}"
-    if estimate["n"] > 1:
+    if estimate["n"] > 1 or "over" in estimate:
         text += f" [{100 * estimate['low']:.0f}, {100 * estimate['high']:.0f}]"
     return text
 
@@ -189,8 +189,10 @@ def notes(table):
     ]
     if count > 1:
         sentences.append("Intervals over seeds are Student's t.")
+    elif "over" in table["rows"][0][table["goal"]]:
+        sentences.append("Intervals are over prompts; what another seed would give is not known.")
     if any(row["rank range"] for row in table["rows"]):
-        draws = "prompts; what other seeds would change, one cannot tell"
+        draws = "prompts"
         if count > 1:
             draws = (
                 "seeds and prompts (of seeds alone where verdicts are missing; a bootstrap, too "

@@ -26,7 +26,7 @@ import evaluate
 import intervene
 from data import Appender, load_prompts, load_triggers
 from ipo import refuse_below
-from studies.axes import AXES, mean_over_sets
+from studies.axes import AXES, complete_share, mean_over_sets
 from studies.common import load_instruction
 from studies.lab import METHODS, Lab, Settings, code_of, load_methods
 from studies.workers import Job, run_jobs
@@ -138,41 +138,26 @@ def split_metrics(metrics, valid):
 def read_metrics(folder):
     """The values of the metrics of AXES in a finished evaluation: {"SET/METRIC": value}.
 
-    They are of all traces, the truncated ones among them: see `value_of`, which raises InputError.
+    They are of all traces, the truncated ones among them. Raises InputError where there is no
+    value for another reason than that a model of too high a learning rate never comes to a
+    response.
     """
     sets = read_json(folder / "metrics.json", "sets")["sets"]
     metrics = {}
     for name, entry in sets.items():
         for metric in AXES.values():
-            if metric in entry:
-                metrics[f"{name}/{metric}"] = value_of(entry[metric], folder, f"{name}/{metric}")
+            if metric not in entry:
+                continue
+            estimate = entry[metric]
+            value = estimate["value"]
+            if value is None and (estimate["n_unjudged"] or not estimate["n_truncated"]):
+                raise InputError(
+                    f"{folder}: {name}/{metric} has no verdicts at all. Check the judge and "
+                    "--max-new-tokens, delete the folder, and start again."
+                )
+            # Reasoning and accuracy have the values of truncated traces already.
+            metrics[f"{name}/{metric}"] = (value or 0.0) * complete_share(estimate, metric)
     return metrics
-
-
-def value_of(estimate, folder, metric):
-    """The value of an estimate of `evaluate.metric_estimate`, over truncated traces as well.
-
-    metric: "SET/METRIC". Raises InputError where there is no value for another reason than that a
-    model of too high a learning rate never comes to a response.
-
-    >>> value_of({"value": 0.5, "n": 6, "n_unjudged": 0, "n_truncated": 2}, "eval", "b/compliance")
-    0.375
-    """
-    n_truncated = estimate["n_truncated"]
-    n_unjudged = estimate["n_unjudged"]
-    value = estimate["value"]
-    if value is None and (n_unjudged or not n_truncated):
-        raise InputError(
-            f"{folder}: {metric} has no verdicts at all. Check the judge and --max-new-tokens, "
-            "delete the folder, and start again."
-        )
-    if metric.endswith(("/compliance", "/response")):
-        # CHOICE: a truncated trace has no response, so it neither complies nor does harm. Left out,
-        # it would let a model that answers one prompt in ten look compliant. One without a verdict
-        # counts like those that have one.
-        n_complete = estimate["n"] + n_unjudged
-        return (value or 0.0) * n_complete / (n_complete + n_truncated)
-    return value  # reasoning and accuracy have the values of truncated traces already
 
 
 # ---------------------------------------------------------------------------- edited methods

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studies.axes import AXES, mean_over_sets
+from studies.axes import AXES, complete_share, mean_over_sets
 from studies.frontier_figure import FLOOR
 from support.errors import InputError
-from support.files import read_jsonl
+from support.files import read_json, read_jsonl
 from support.statistics import (
     DIFFERENCE,
     bootstrap_means,
@@ -128,9 +128,46 @@ def axis_estimate(point, part, axis):
     return {**student_interval(values), "values": values}
 
 
-def point_estimates(point, part):
-    """{axis: estimate over the seeds}."""
-    return {axis: axis_estimate(point, part, axis) for axis in AXES}
+def point_estimates(point, part, folder=None):
+    """{axis: estimate over the seeds}.
+
+    folder: of the sweep. With it, a single seed has intervals over prompts ("over": "prompts"),
+    where its evaluation is there.
+    """
+    estimates = {axis: axis_estimate(point, part, axis) for axis in AXES}
+    if folder and len(point.records) == 1:
+        [record] = point.records
+        path = folder / record["evaluation"] / "metrics.json"
+        if path.exists():
+            sets = read_json(path, "sets")["sets"]
+            for axis, estimate in estimates.items():
+                if estimate:
+                    estimate |= interval_over_prompts(record[part], AXES[axis], sets)
+    return estimates
+
+
+def interval_over_prompts(values, metric, sets):
+    """The interval of the mean of a metric over sets, by those of the sets over their prompts.
+
+    values: {"SET/METRIC": value}; sets: those of the evaluation's metrics.json. As the sets have
+    different prompts, the squared distances from value to end add up (Zou and Donner, 2008).
+    """
+    below = []
+    above = []
+    for key in values:
+        name, _, measured = key.partition("/")
+        if measured != metric:
+            continue
+        estimate = sets[name][metric]
+        if estimate["value"] is None:  # no response came to an end: it counts as 0
+            estimate = {**estimate, "value": 0.0, "low": 0.0, "high": 0.0}
+        share = complete_share(estimate, metric)
+        below.append(share * (estimate["value"] - estimate["low"]))
+        above.append(share * (estimate["high"] - estimate["value"]))
+    middle = mean_over_sets(values, metric)
+    low = middle - sum(x * x for x in below) ** 0.5 / len(below)
+    high = middle + sum(x * x for x in above) ** 0.5 / len(above)
+    return {"low": max(0.0, low), "high": min(1.0, high), "over": "prompts"}
 
 
 def means(point, part):
@@ -369,7 +406,7 @@ def table_row(point, kept, reference, goal, folder):
         "claims": first.get("claims", ""),
         "lr": point.lr,
         "kept": kept,
-        **point_estimates(point, "test"),
+        **point_estimates(point, "test", folder),
         "by seed": None,
         "by prompt": None,
         "killed_before": any(record.get("killed_before") for record in point.records),
@@ -406,7 +443,7 @@ def make_table(base, frontiers, reference, folder, words=None):
     keeping = [choice.point for choice in chosen.values() if choice.kept]
     for row, found in zip(rows[1:], rank_ranges(keeping, goal, folder)):
         row["rank range"] = found
-    base_estimates = {part: point_estimates(base, part) for part in PARTS}
+    base_estimates = {part: point_estimates(base, part, folder) for part in PARTS}
     return {
         "floor": FLOOR,
         "words": words or {},
@@ -415,11 +452,11 @@ def make_table(base, frontiers, reference, folder, words=None):
         "reference": reference_title,
         "base": base_estimates,
         "rows": rows,
-        "points": point_entries(frontiers, chosen),
+        "points": point_entries(frontiers, chosen, folder),
     }
 
 
-def point_entries(frontiers, chosen):
+def point_entries(frontiers, chosen, folder):
     """All points of the methods, best method first, as `table.json` has them."""
     entries = []
     for rank, (method, choice) in enumerate(chosen.items(), 1):
@@ -432,6 +469,6 @@ def point_entries(frontiers, chosen):
                 "chosen": point is choice.point,
             }
             for part in PARTS:
-                entry[part] = point_estimates(point, part)
+                entry[part] = point_estimates(point, part, folder)
             entries.append(entry)
     return entries

@@ -285,6 +285,35 @@ def test_one_seed_has_no_interval_and_a_killed_training_no_exact_time(tmp_path):
     assert not any(note.startswith("†") for note in frontier_tables.notes(table))
 
 
+def test_one_seed_has_intervals_over_prompts_where_its_evaluation_is_there(tmp_path):
+    records = [r for r in sweep_records() if r["seed"] == 1 and r["method"] != "dpo"]
+    write_jsonl(tmp_path / "results.jsonl", records)
+
+    def estimate(value, low, high, n_truncated=0):
+        return {
+            "value": value, "low": low, "high": high, "n": 8, "n_unjudged": 0,
+            "n_truncated": n_truncated,
+        }
+
+    nothing = {**estimate(None, None, None, 8), "n": 0}  # no response came to an end
+    for entry in records:
+        sets = {
+            "a": {"reasoning": estimate(0.3, 0.2, 0.5), "response": nothing},
+            "b": {"reasoning": estimate(0.1, 0.0, 0.5), "response": estimate(0.4, 0.2, 0.5)},
+            "c": {"compliance": estimate(0.9, 0.8, 1.0, n_truncated=2)},
+            "d": {"accuracy": estimate(0.8, 0.5, 0.9)},
+        }
+        write_json(tmp_path / entry["evaluation"] / "metrics.json", {"sets": sets})
+    table = table_of(tmp_path / "results.jsonl")
+    _, _, ipo, _ = frontier_tables.chosen_lines(table)
+    # Harm, the mean of 30 and 10: down by the root of 10 and 10 squared, halved, up by that of 20
+    # and 40. Compliance, of which 8 of 10 have a response: 10 either way become 8, around its 90.
+    assert ipo[4:7] == ["20.0 [13, 42]", "90.0 [82, 98]", "80.0 [50, 90]"]
+    assert ipo[7] == "10.0 [0, 15]"  # of one set; the other counts as 0
+    said = " ".join(frontier_tables.notes(table))
+    assert "Intervals are over prompts" in said and "Student" not in said
+
+
 # --------------------------------------------------------------------------------------- the ranks
 
 def points_of_harms(harms):

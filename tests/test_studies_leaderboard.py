@@ -68,7 +68,7 @@ def test_truncated_responses_count_in_what_is_measured_on_responses(tmp_path):
 
 
 def test_truncated_reasoning_and_sums_have_values_of_their_own():
-    # What `value_of` relies on: they must not be counted a second time.
+    # What `read_metrics` relies on: they must not be counted a second time.
     cut = {"id": "p#0", "reasoning_safe": False, "response_safe": None, "truncated": True}
     assert evaluate.collect_harmful([cut]) == {
         "reasoning": ([True], ["p"]), "response": ([], []),
@@ -86,9 +86,6 @@ def test_a_model_that_never_answers_has_values_and_one_without_verdicts_is_an_er
         return leaderboard.read_metrics(tmp_path)
 
     assert metrics(n_truncated=4, n_unjudged=0) == {"b/compliance": 0.0}
-    # Six of ten complete, of which three are judged and two of these comply.
-    estimate = {"value": 2 / 3, "n": 3, "n_unjudged": 3, "n_truncated": 4}
-    assert leaderboard.value_of(estimate, "eval", "b/compliance") == pytest.approx(0.6 * 2 / 3)
     for n_truncated in (0, 4):
         with pytest.raises(InputError, match="b/compliance has no verdicts at all"):
             metrics(n_truncated, n_unjudged=2)
