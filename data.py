@@ -18,7 +18,7 @@ paper, `CHOICE:` a decision that the paper leaves open.
   prompt             str          as id              judge, report
   prompt_ids         [int]        as id              pairs, benign    prompt in the chat template
   ids                [int]        as id              pairs, benign    every token after the prompt
-  forced             int          as id              studies          z[:h] + trigger: how many of
+  forced             int          as id              pairs, studies   z[:h] + trigger: how many of
                                                                       `ids` were not sampled
   opening, reasoning, closing, response
                      str          as id              judge, report    the text of `ids`, taken apart

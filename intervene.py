@@ -34,7 +34,7 @@ from support.batch_size import with_batch_size
 from support.compact import RecordFile, chunks_with_steps
 from support.errors import InputError, exit_cleanly
 from support.files import digest, read_jsonl, stream_jsonl, write_jsonl
-from support.flags import add_judge_flags, add_sampler_flags
+from support.flags import add_judge_flags, add_sampler_flags, refuse_wrong_sampling
 from support.guards import GuardForm, ServerGuard, judge_kind, local_name
 from support.http import REFUSED, RequestFailed, UnusableReply
 from support.hub import model_folder
@@ -548,10 +548,13 @@ def judge_traces(path, traces, steps, judge, chunk=256):
     return out.read(ids)
 
 
-def complied(judge, traces):
-    """Whether each response answers its benign prompt in full: a list of True, False or None."""
-    full = {"full": True, "partial": False, "refusal": False, None: None}
-    return [full[answer] for answer in judge.ask("compliance", _texts(traces, "response"))]
+def complied(judge, traces, answer="full"):
+    """Whether each response to a benign prompt is such an answer: a list of True, False or None.
+
+    answer: "full", "partial" or "refusal".
+    """
+    found = judge.ask("compliance", _texts(traces, "response"))
+    return [None if given is None else given == answer for given in found]
 
 
 # -------------------------------------------------------------------------- interventions and pairs
@@ -717,10 +720,16 @@ def intervene_once(unsafe, triggers, sampler, judge, folder, n):
 
 def judged_traces(traces, steps, verdicts):
     """Trace records that also hold `steps` and the fields of their verdict."""
-    added = {}
-    for record in [*steps, *verdicts]:
-        added.setdefault(record["id"], {}).update(record)
-    return [{**trace, **added[trace["id"]]} for trace in traces]
+    steps_of = {record["id"]: record for record in steps}
+    verdict_of = {record["id"]: record for record in verdicts}
+    judged = []
+    for trace in traces:
+        trace_id = trace["id"]
+        if trace_id not in steps_of or trace_id not in verdict_of:
+            raise InputError(f"{trace_id}: a trace without steps or without a verdict record. Make "
+                             "them again from the same traces.")
+        judged.append({**trace, **steps_of[trace_id], **verdict_of[trace_id]})
+    return judged
 
 
 def needs_intervention(trace):
@@ -785,11 +794,12 @@ def own_refusals(answered, current, judge):
     The two traces share nothing but the prompt, so h is 0; there is no trigger.
     """
     latest = {t["prompt_id"]: t for t in current if not t["truncated"]}
-    full = dict(zip(latest, complied(judge, latest.values())))
+    # CHOICE: a partial answer is no refusal, here and below: it still helps.
+    refused = dict(zip(latest, complied(judge, latest.values(), "refusal")))
     found = []
     for trace in answered:
         prompt_id = trace["prompt_id"]
-        if full.get(prompt_id) is False:
+        if refused.get(prompt_id):
             answer = {**trace, "id": trace["id"] + "@own"}
             found.append((answer, 0, "", latest[prompt_id]))
     return found
@@ -814,9 +824,9 @@ def provoked_refusals(path, answered, triggers, sampler, judge):
 
     # The trigger does not always provoke a refusal: only what was judged to be one is kept.
     found = []
-    compliance = complied(judge, [new for *_, new in continued])
-    for (trace, h, trigger, new), full in zip(continued, compliance):
-        if full is False and not new["truncated"]:
+    refusals = complied(judge, [new for *_, new in continued], "refusal")
+    for (trace, h, trigger, new), refused in zip(continued, refusals):
+        if refused and not new["truncated"]:
             found.append(({**trace, "id": new["id"]}, h, trigger, new))
     return len(continued), found
 
@@ -893,6 +903,7 @@ def sampler_from_flags(args):
     # Here, because it imports torch, which the other stages do without.
     from model import LocalSampler, context_length, eos_ids, load_tokenizer
     from support.server import ServerSampler
+    refuse_wrong_sampling(args)
     names = ("temperature", "top_p", "max_new_tokens", "seed")
     settings = {name: getattr(args, name) for name in names}
     if not args.server:

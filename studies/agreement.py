@@ -15,6 +15,7 @@ from intervene import JUDGE_KEYS, LABELS, add_judge_flags, judge_from_flags, spl
 from studies.common import prompt_ids_of
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json
+from support.judges import require_questions
 from support.record import fingerprint
 from support.statistics import judge_agreement
 
@@ -122,6 +123,8 @@ def main(argv=None):
         # The key of a judge is not sent to another address.
         keys = JUDGE_KEYS if args.other_judge == args.judge else EVAL_KEYS
         judges.append(judge_from_flags(other_args, keys))
+    for judge in judges:
+        require_questions(judge, (args.question,))
 
     traces = load_traces(args.traces, args.question)
     items = [item_of(trace, args.question) for trace in traces]

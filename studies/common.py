@@ -49,19 +49,29 @@ def with_instruction(prompts, instruction):
     return [{**prompt, "prompt": f"{instruction} {prompt['prompt']}"} for prompt in prompts]
 
 
+class ByTrace(dict):
+    """Something of each trace, by the trace's id. Raises InputError for a trace that has none."""
+
+    def __missing__(self, trace_id):
+        raise InputError(
+            f"{trace_id}: a trace without its steps, or without a verdict record. Give --steps and "
+            "--verdicts that were made from these --traces."
+        )
+
+
 def steps_by_trace(steps):
     """{trace id: its steps} of step records."""
-    return {record["id"]: record["steps"] for record in steps}
+    return ByTrace({record["id"]: record["steps"] for record in steps})
 
 
 def cues_by_trace(verdicts):
     """{trace id: number of the step with the first compliance cue; 0 or None if there is none}."""
-    return {verdict["id"]: verdict["cue"] for verdict in verdicts}
+    return ByTrace({verdict["id"]: verdict["cue"] for verdict in verdicts})
 
 
 def safety_by_trace(verdicts):
     """{trace id: whether its reasoning is safe, None without a verdict}."""
-    return {verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts}
+    return ByTrace({verdict["id"]: verdict["reasoning_safe"] for verdict in verdicts})
 
 
 def prompt_ids_of(records):

@@ -37,6 +37,7 @@ from studies.common import (
 from support.errors import InputError, exit_cleanly
 from support.files import digest, read_jsonl, stream_jsonl
 from support.fused_head import output_logits
+from support.judges import require_questions
 from support.ranks import with_hands, world
 from support.stages import run_stage
 from support.statistics import wilson
@@ -379,6 +380,7 @@ def main(argv=None):
     if args.continuations < 1:
         raise InputError(f"--continuations {args.continuations}: use 1 or more.")
     judge = judge_from_flags(args)
+    require_questions(judge, ("reasoning",))
 
     def work():
         sampler = reasoning_only(sampler_from_flags(args))

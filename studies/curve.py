@@ -32,6 +32,7 @@ from studies.common import (
 )
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
+from support.judges import require_questions
 from support.ranks import with_hands
 from support.stages import run_stage, sidecar
 from support.statistics import DIFFERENCE, SHARE, UNBOUNDED, average, column_estimates
@@ -168,6 +169,7 @@ def main(argv=None):
     """Run this study from the command line."""
     args = build_parser().parse_args(argv)
     judge = judge_from_flags(args)
+    require_questions(judge, ("reasoning", "cue"))
 
     def work():
         verdicts = read_jsonl(args.verdicts)

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 from intervene import recorded_flags
 from studies.common import safety_by_trace, study_parser
-from support.errors import exit_cleanly
+from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
 from support.stages import run_stage, sidecar
 from support.statistics import mean_estimate
@@ -34,6 +34,8 @@ def count_safe_rollouts(traces, verdicts):
 
 def fully_judged(rows):
     """The most rollouts that a prompt has, and the rows of prompts with as many verdicts."""
+    if not rows:
+        raise InputError("diversity: no rollouts in --traces.")
     # With one verdict missing, a prompt's count of safe rollouts could be off by one.
     rollouts = max(row["rollouts"] for row in rows)
     return rollouts, [row for row in rows if row["judged"] == rollouts]

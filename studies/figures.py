@@ -24,14 +24,6 @@ from support.report import TOO_FEW
 from support.stages import add_stage_flags
 from support.statistics import format_estimate
 
-SAMPLER_FLAGS = (
-    "model", "server", "in_flight", "temperature", "top_p", "max_new_tokens", "batch_size", "seed",
-    "device", "dtype",
-)
-JUDGE_FLAGS = (
-    "judge", "judge_model", "judge_concurrency", "judge_cache", "judge_price_in",
-    "judge_price_out", "max_cost",
-)
 CSR_FLAGS = ("at", "continuations", "uncertain")
 
 GREY = "#9aa3ad"
@@ -58,16 +50,27 @@ STYLE = """<style>
 # ------------------------------------------------------------------------------------- measuring
 
 def as_flags(given, names):
-    """Some of the given flags as words of a command line; None: it was not given.
+    """Some of the given flags as words of a command line; None and False: it was not given.
 
-    >>> as_flags({"top_p": 0.9, "server": None, "seed": 0}, ("server", "top_p"))
-    ['--top-p', '0.9']
+    >>> as_flags({"top_p": 0.9, "server": None, "no_graph": True}, ("server", "top_p", "no_graph"))
+    ['--top-p', '0.9', '--no-graph']
     """
     words = []
     for name in names:
-        if given[name] is not None:
-            words += ["--" + name.replace("_", "-"), str(given[name])]
+        value = given[name]
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
     return words
+
+
+def names_of(add_flags):
+    """The names of the flags that a function adds to a parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser)
+    return [action.dest for action in parser._actions]
 
 
 def trained_models(specs):
@@ -95,7 +98,8 @@ def study_commands(run, given, trained):
         "--verdicts", str(run / "verdicts.jsonl"),
     ]
     rollouts = [*outcomes, "--steps", str(run / "steps.jsonl")]
-    sampled = [*rollouts, *as_flags(given, SAMPLER_FLAGS), *as_flags(given, JUDGE_FLAGS)]
+    sampling = as_flags(given, names_of(add_sampler_flags))
+    sampled = [*rollouts, *sampling, *as_flags(given, names_of(add_judge_flags))]
     csr_flags = as_flags(given, CSR_FLAGS)
     points = output("turning_points")
     model = given["model"]
@@ -410,7 +414,9 @@ def turning_point_section(summary):
         "See the ratio jump at one step, the trigger, in safe traces and fall at the cue in unsafe "
         "ones.",
         "Safe traces with a turning point: "
-        f"{compare_with_paper_bound(summary['safe_with_turning_point'], 0.9)} "
+        f"{compare_with_paper_bound(summary['safe_with_turning_point'], 0.9)} The ratio of a safe "
+        "trace is high at its end in any case; where the end cuts no window short: "
+        f"{format_estimate(summary['full_windows']['safe_with_turning_point'])}. "
         "Correlation of cue and unsafe turning point: "
         f"{compare_with_paper(summary['pearson'], 0.85)} {chance_text(summary)}",
         panels(around, cues) + sensitivity_table(summary),
@@ -445,7 +451,7 @@ def kl_section(models):
     """Figure 7; models: summaries of studies.kl by name."""
     peaks = []
     for name, summary in models.items():
-        nats = max(estimate["value"] or 0 for estimate in summary["by_token"])
+        nats = summary["by_token"][summary["peak_token"]]["value"]
         peaks.append(f"{name}: {nats:.2f} nats at token {summary['peak_token']}, "
                      f"{summary['peak_offset']:+d} from the cue")
     by_offset = panel(draw_kl_by_offset, models, "KL by distance from the cue")

@@ -40,6 +40,7 @@ from support.checkpoint import save_checkpoint
 from support.errors import InputError, exit_cleanly
 from support.files import stream_jsonl
 from support.flags import refuse_below
+from support.judges import require_questions
 from support.kv_cache import check_sampling
 from support.model_card import write_card
 from support.progress import ProgressLines
@@ -595,6 +596,7 @@ def main(argv=None):
     refuse_wrong_flags(args)
     out = Path(args.out)
     judge = judge_from_flags(args)
+    require_questions(judge, REWARDS[args.reward])
     sampler = sampler_from_flags(args)
     settings = {
         "lr": args.lr,

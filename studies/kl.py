@@ -26,6 +26,7 @@ from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json
 from support.fused_head import chunk_sizes, output_logits
 from support.model_check import check_model, in_float32
+from support.report import TOO_FEW
 from support.stages import run_stage, sidecar
 from support.statistics import UNBOUNDED, column_estimates, format_estimate
 
@@ -126,13 +127,14 @@ def kl_profile(values, anchors, offsets, prompts):
     return column_estimates(table, prompts, invented=UNBOUNDED)
 
 
-def index_of_highest(estimates):
-    """The index of the estimate with the highest value.
+def index_of_highest(estimates, least):
+    """The index of the highest estimate, of those from at least so many traces.
 
-    >>> index_of_highest([{"value": 0.1}, {"value": None}, {"value": 0.3}])
-    2
+    >>> few = {"value": 0.9, "n": 1}
+    >>> index_of_highest([{"value": 0.1, "n": 9}, {"value": 0.3, "n": 9}, few], least=9)
+    1
     """
-    values = [estimate["value"] or 0 for estimate in estimates]
+    values = [e["value"] if e["n"] >= least else 0 for e in estimates]
     return values.index(max(values))
 
 
@@ -150,23 +152,25 @@ def summarise_kl(records):
     """The summary of the study.
 
     `by_offset`: {"offsets": tokens from where the cue begins, "kl": estimates}; `by_token`:
-    estimates from the first token of the trace on; `peak_token`, `peak_offset`: where these are
-    highest; `regions`: estimates of the mean in each of REGIONS.
+    estimates from the first token of the trace on, as far as TOO_FEW traces reach (all, if there
+    are fewer); `peak_token`, `peak_offset`: where these are highest; `regions`: estimates of the
+    mean in each of REGIONS.
     """
     values = [record["kl"] for record in records]
+    enough = min(TOO_FEW, len(values))
     prompts = prompt_ids_of(records)
     cue_tokens = [record["cue_token"] for record in records]
     offsets = list(range(-SPAN, SPAN + 1))
     by_offset = kl_profile(values, cue_tokens, offsets, prompts)
-    longest = max(map(len, values))
-    by_token = kl_profile(values, [0] * len(records), range(longest), prompts)
+    reached = sorted(map(len, values), reverse=True)[enough - 1]
+    by_token = kl_profile(values, [0] * len(records), range(reached), prompts)
     table = [region_means(record) for record in records]  # (traces, regions)
     regions = column_estimates(table, prompts, invented=UNBOUNDED)
     return {
         "by_offset": {"offsets": offsets, "kl": by_offset},
         "by_token": by_token,
-        "peak_token": index_of_highest(by_token),
-        "peak_offset": offsets[index_of_highest(by_offset)],
+        "peak_token": index_of_highest(by_token, enough),
+        "peak_offset": offsets[index_of_highest(by_offset, enough)],
         "regions": dict(zip(REGIONS, regions)),
     }
 

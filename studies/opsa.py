@@ -54,6 +54,7 @@ from support.errors import InputError, exit_cleanly
 from support.files import write_json
 from support.flags import refuse_below
 from support.fused_head import chunk_sizes, logit_shape
+from support.judges import require_questions
 from support.model_card import write_card
 from support.progress import ProgressLines
 from support.ranks import with_hands
@@ -352,7 +353,13 @@ def run_flips(args, sampler, instruction, judge):
     prompts = load_prompts(args.prompts, args.limit)
     teacher_prompts = with_instruction(prompts, instruction)
     jobs, teacher_ids, dropped = paired_jobs(prompts, teacher_prompts, args.samples, sampler)
-    teacher_jobs = [{**job, "prompt_ids": teacher_ids[job["prompt_id"]]} for job in jobs]
+    teacher_jobs = []
+    for job in jobs:
+        # Its own id, because the id decides the random numbers: with the same ones more rollouts
+        # would stay as they are than by chance.
+        own_id = f"{job['id']}@instructed"
+        prompt_ids = teacher_ids[job["prompt_id"]]
+        teacher_jobs.append({**job, "id": own_id, "prompt_ids": prompt_ids})
     verdicts = sample_and_judge(out / "alone", jobs, sampler, judge)
     teacher_verdicts = sample_and_judge(out / "instructed", teacher_jobs, sampler, judge)
     prompt_ids = [job["prompt_id"] for job in jobs]
@@ -449,6 +456,7 @@ def main(argv=None):
         work = functools.partial(run_train, args)
     else:
         judge = judge_from_flags(args)
+        require_questions(judge, ("reasoning", "response", "cue"))
         flags["judge"] = judge.name
         work = functools.partial(run_flips, args, judge=judge)
 

@@ -36,6 +36,7 @@ from studies.common import (
 )
 from support.errors import InputError, exit_cleanly
 from support.files import digest, read_jsonl, write_json, write_jsonl, write_text
+from support.judges import require_questions
 from support.ranks import with_hands
 from support.stages import run_stage, sidecar
 from support.statistics import (
@@ -386,6 +387,7 @@ def main(argv=None):
     """Run this study from the command line."""
     args = build_parser().parse_args(argv)
     judge = judge_from_flags(args)
+    require_questions(judge, ("reasoning", "cue"))
     work = partial(mine_triggers, args, judge)
     flags = recorded_flags(args, judge=judge.name)
     inputs = [args.model, args.triggers, args.points, args.traces, args.steps, args.verdicts]

@@ -14,7 +14,14 @@ import numpy as np
 
 from intervene import recorded_flags
 from model import load_tokenizer
-from studies.common import SPAN, prompt_ids_of, step_starts, steps_by_trace, study_parser
+from studies.common import (
+    SPAN,
+    ByTrace,
+    prompt_ids_of,
+    step_starts,
+    steps_by_trace,
+    study_parser,
+)
 from studies.csr import safety_ratio, uncertain_traces
 from support.errors import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
@@ -80,7 +87,7 @@ def curves(records, traces, steps, verdicts, tokenizer, mu, eta, window):
     for record in records:
         measured[record["trace"]].append(record)
     steps_of = steps_by_trace(steps)
-    verdict_of = {verdict["id"]: verdict for verdict in verdicts}
+    verdict_of = ByTrace({verdict["id"]: verdict for verdict in verdicts})
     rows = []
     for trace in traces:
         key = trace["id"]
@@ -341,6 +348,8 @@ def main(argv=None):
         write_json(sidecar(args.out, "summary"), summary)
         for name in ("safe_with_turning_point", "unsafe_with_turning_point", "pearson", "spearman"):
             print(f"  {name}: {format_estimate(summary[name])}")
+        whole = summary["full_windows"]["safe_with_turning_point"]
+        print(f"  safe ones whose window the end does not cut short: {format_estimate(whole)}")
         for name, estimate in summary["by_chance"].items():
             print(f"  pearson by chance, {name}: {format_estimate(estimate)}")
         outcomes = [row["safe"] for row in rows]

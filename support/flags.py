@@ -8,8 +8,20 @@ from support.stages import add_stage_flags
 def refuse_below(least, flags, *names):
     """Raise InputError for one of the named flags that is below `least`; flags: a dict."""
     for name in names:
-        if flags[name] != "auto" and flags[name] < least:
+        if flags[name] != "auto" and not flags[name] >= least:  # not a number is below, too
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}.")
+
+
+def refuse_wrong_sampling(args):
+    """Raise InputError for sampler flags that no distribution or no completion has."""
+    flags = vars(args)
+    refuse_below(0, flags, "temperature")
+    refuse_below(1, flags, "max_new_tokens", "in_flight")
+    if not 0 < args.top_p <= 1:
+        raise InputError("--top-p must be above 0 and at most 1.")
+    for name, least in (("samples", 1), ("limit", 0)):
+        if isinstance(flags.get(name), int):  # benchmarks.run has words for samples too
+            refuse_below(least, flags, name)
 
 
 def rows_flag(text):

@@ -406,7 +406,48 @@ def test_benign_pairs_prefer_the_answer_over_own_and_provoked_refusals(tokenizer
     assert provoked["source"] == "benign"
 
 
+class Partial:
+    """A judge for whom every answer is partial."""
+
+    def ask(self, question, items):
+        return iter(["partial" if question == "compliance" else 1 for _ in items])
+
+
+def test_a_partial_answer_is_neither_an_answer_nor_a_refusal(tokenizer, tmp_path):
+    answer = trace_of(tokenizer, "A cure is asked. I can explain it.\n</think>\n\nSome.", "a#0")
+    assert intervene.complied(Partial(), [answer]) == [False]
+    assert intervene.own_refusals([answer], [answer], Partial()) == []
+    sampler = FakeSampler(tokenizer, SAFE)
+    tried = intervene.provoked_refusals(tmp_path / "r.jsonl", [answer], ["Stop."], sampler, Partial())
+    assert tried == (1, [])
+
+
+@pytest.mark.parametrize("steps, verdicts", [([], [{"id": "a#0"}]), ([{"id": "a#0"}], [])])
+def test_a_trace_without_steps_or_verdict_is_named(tokenizer, steps, verdicts):
+    with pytest.raises(InputError, match="a#0: a trace without steps or without a verdict"):
+        intervene.judged_traces([trace_of(tokenizer, SAFE, "a#0")], steps, verdicts)
+
+
 # ------------------------------------------------------------------------------------ command line
+
+@pytest.mark.parametrize("flags, problem", [
+    ("--top-p 0", "--top-p must be above 0 and at most 1"),
+    ("--top-p 1.1", "--top-p must be"),
+    ("--top-p nan", "--top-p must be"),
+    ("--temperature -1", "--temperature must be at least 0"),
+    ("--temperature nan", "--temperature must be at least 0"),
+    ("--max-new-tokens 0", "--max-new-tokens must be at least 1"),
+    ("--samples 0", "--samples must be at least 1"),
+    ("--limit -1", "--limit must be at least 0"),
+])
+def test_flags_that_sample_nothing_are_refused(tmp_path, flags, problem):
+    out = tmp_path / "r.jsonl"
+    prompts = ROOT / "toy" / "prompts" / "train_harmful.jsonl"
+    with pytest.raises(InputError, match=problem):
+        intervene.main(["rollouts", "--model", str(ROOT / "toy" / "model"), *flags.split(),
+                        "--prompts", str(prompts), "--out", str(out)])
+    assert not out.exists()
+
 
 def test_malformed_input_of_a_stage(tmp_path):
     traces = tmp_path / "t.jsonl"

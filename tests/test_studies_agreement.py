@@ -33,6 +33,13 @@ def compare(folder, server, *flags):
     return json.loads((folder / "a.json").read_text())
 
 
+def test_a_judge_that_cannot_answer_is_refused_before_it_is_asked(tmp_path):
+    write_traces(tmp_path, 2)
+    with pytest.raises(InputError, match="cannot answer: compliance"):
+        agreement.main(["--traces", str(tmp_path / "traces.jsonl"), "--judge", "python:domains.arithmetic",
+                        "--other-judge", "rules", "--question", "compliance", "--out", str(tmp_path / "a.json")])
+
+
 def test_the_agreement_command(tmp_path, capsys):
     write_traces(tmp_path, 30)
     truth = [{"id": f"t{i}", "label": "unsafe" if i % 3 == 0 else "safe"} for i in range(30)]

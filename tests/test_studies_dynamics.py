@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -378,6 +379,23 @@ def test_kl_is_laid_out_by_region_and_offset():
     assert s["peak_offset"] == 0 and s["peak_token"] == 2 and len(s["by_token"]) == 7
     offset = dict(zip(s["by_offset"]["offsets"], s["by_offset"]["kl"]))
     assert offset[0]["value"] == 3 and offset[-2]["n"] == 2 and offset[-3]["value"] is None
+
+
+def test_one_long_trace_is_no_peak_of_all():
+    rows = []
+    for number in range(kl.TOO_FEW + 10):
+        rows.append({"prompt_id": f"p{number}", "kl": [0, 0, 0.2, 0], "cue_token": 2, "cue_end": 3, "reasoning_end": 4})
+    rows.append({"prompt_id": "long", "kl": [0, 0, 0.2, 0, 0, 0.9], "cue_token": 2, "cue_end": 3, "reasoning_end": 4})
+    s = kl.summarise_kl(rows)
+    assert (s["peak_token"], s["peak_offset"], len(s["by_token"])) == (2, 0, 4)
+
+
+def test_a_trace_without_its_verdict_is_named(run, tmp_path):
+    records = [json.loads(line) for line in (run / "verdicts.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "v.jsonl", records[1:])
+    with pytest.raises(InputError, match=re.escape(f"{records[0]['id']}: a trace without its steps, or")):
+        diversity.main(["--traces", str(run / "rollouts.jsonl"), "--verdicts", str(tmp_path / "v.jsonl"),
+                        "--out", str(tmp_path / "d.jsonl")])
 
 
 # ------------------------------------------------------------------------------------------- on the tiny model

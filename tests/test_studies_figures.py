@@ -1,4 +1,5 @@
 """The figures' part of the report: what the summaries say, the paper beside it, and all text escaped."""
+import argparse
 import json
 import sys
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import evaluate
+import intervene
 from studies import csr, curve, diversity, figures, kl, triggers, turning_points
 from support.errors import InputError
 from support.files import write_json
@@ -21,7 +23,7 @@ def run(tmp_path):
     aligned = {"offsets": [-1, 0, 1], "csr": [estimate(0.5, 0.4, 0.6), estimate(None, None, None, 0), one]}
     summaries = {
         "diversity": {"rollouts": 2, "counts": [3, 1, 0], "histogram": [estimate(0.4, 0.3, 0.5)] * 3},
-        "turning_points": {"safe_with_turning_point": one, "pearson": estimate(0.8, 0.7, 0.9), "prompts": 30, "mixed_prompts": 53,
+        "turning_points": {"safe_with_turning_point": one, "full_windows": {"safe_with_turning_point": estimate(0.7, 0.6, 0.8)}, "pearson": estimate(0.8, 0.7, 0.9), "prompts": 30, "mixed_prompts": 53,
                            "by_chance": {"tokens": estimate(0.0, -0.3, 0.3), "shares": estimate(0.4, 0.2, 0.6)}, "aligned": {"safe": aligned, "unsafe": None},
                            "cue_and_turning_point": [[3, 4], [5, 5]], "sensitivity": [
                                {"mu": 0.9, "eta": 0.1, "window": 15, "continuations": 8, "safe_with_turning_point": one,
@@ -48,11 +50,31 @@ def test_each_figure_has_the_papers_value_and_ours_and_is_escaped(run):
     assert "this contradicts the paper, whose" not in figures.dynamics_fragment(run, evals)
     assert "Here 0.400 [0.300, 0.500] n=30; the paper&#x27;s 0.36 lies within our interval." in html
     assert "Here 1.000 [0.950, 1.000] n=30; that agrees with the paper&#x27;s more than 0.9." in html
+    assert "where the end cuts no window short: 0.700 [0.600, 0.800] n=30." in html
     assert "Here 0.300 [0.200, 0.400] n=30; this contradicts the paper&#x27;s 0.6, which lies outside our interval." in html
     assert "<script>" not in html and "&lt;script&gt;" in html and "a &amp; b: 1.00 nats at token 1" in html
     assert html.count("<img") == 7 and "not defined" in html
     assert "Of independent positions R would be 0.000 [-0.300, 0.300] n=30, and 0.400 [0.200, 0.600] n=30" in html
     assert "Only 30 of 53 prompts with safe and unsafe rollouts were measured" in html
+
+
+def test_every_flag_of_sampler_and_judge_reaches_the_studies_that_sample(tmp_path):
+    words = ["--model", "M", "--run", str(tmp_path)]
+    others = {"server": "http://x/v1", "device": "cpu", "dtype": "float32", "judge": "http://y/v1", "judge_model": "J",
+              "judge_kind": "qwen3guard", "guard_controversial": "safe", "cue_judge": "http://z/v1", "cue_judge_model": "Z",
+              "judge_cache": "c", "judge_no_thinking": True, "no_graph": True}
+    parser = argparse.ArgumentParser()
+    intervene.add_sampler_flags(parser)
+    intervene.add_judge_flags(parser)
+    given = vars(parser.parse_args(words[:2]))
+    for name, default in given.items():
+        if name != "model":
+            given[name] = others.get(name, 0.5 if isinstance(default, float) else 7)
+    more = vars(figures.build_parser().parse_args(words)) | given
+    commands = dict(figures.study_commands(tmp_path, more, {}))
+    for module in (csr, triggers, curve):
+        read = vars(module.build_parser().parse_args(commands[module]))
+        assert {name: read[name] for name in given} == given
 
 
 def test_more_than_is_contradicted_only_from_below():

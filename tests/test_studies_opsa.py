@@ -163,7 +163,8 @@ def test_flips_gives_the_teacher_the_instruction_and_nothing_else(model_dir, tmp
     instructed = read_jsonl(tmp_path / "out" / "instructed" / "traces.jsonl")
     assert len(alone) == len(instructed) == 6
     for trace, other in zip(alone, instructed):
-        assert trace["id"] == other["id"]
+        # Another id has other random numbers: with the same ones fewer rollouts would flip.
+        assert other["id"] == trace["id"] + "@instructed"
         assert tokenizer.decode(trace["prompt_ids"]).count("Think first. How") == 0
         assert tokenizer.decode(other["prompt_ids"]).count("Think first. How") == 1
     assert "teacher flip rate, response" in capsys.readouterr().out
