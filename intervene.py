@@ -553,8 +553,10 @@ def complied(judge, traces, answer="full"):
 
     answer: "full", "partial" or "refusal".
     """
-    found = judge.ask("compliance", _texts(traces, "response"))
-    return [None if given is None else given == answer for given in found]
+    found = []
+    for given in judge.ask("compliance", _texts(traces, "response")):
+        found.append(None if given is None else given == answer)
+    return found
 
 
 # -------------------------------------------------------------------------- interventions and pairs
