@@ -414,8 +414,8 @@ def turning_point_section(summary):
         "See the ratio jump at one step, the trigger, in safe traces and fall at the cue in unsafe "
         "ones.",
         "Safe traces with a turning point: "
-        f"{compare_with_paper_bound(summary['safe_with_turning_point'], 0.9)} The ratio of a safe "
-        "trace is high at its end in any case; where the end cuts no window short: "
+        f"{compare_with_paper_bound(summary['safe_with_turning_point'], 0.9)} A safe trace "
+        "ends at a ratio of 1, so it turns there at the latest; where the end cuts no window short: "
         f"{format_estimate(summary['full_windows']['safe_with_turning_point'])}. "
         "Correlation of cue and unsafe turning point: "
         f"{compare_with_paper(summary['pearson'], 0.85)} {chance_text(summary)}",
