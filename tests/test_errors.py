@@ -543,7 +543,7 @@ def test_a_mistyped_model_ends_run_sh_in_seconds(tmp_path):
     started = time.monotonic()
     environment = {"MODEL": "nosuch", "RUN": str(tmp_path / "run"), "PYTHON": sys.executable}
     one_line(start(["bash", "run.sh"], **environment), 2, "MODEL=nosuch: no such directory")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # a hub that is asked again and again takes minutes
 
 
 def test_a_name_on_the_hub_without_a_connection(monkeypatch, capsys, tmp_path):

@@ -84,6 +84,8 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
     parent = subprocess.Popen(
         [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and what they start does too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         # Unbuffered, because a worker that sleeps does not flush what it has printed.
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
     worker = int(parent.stdout.readline())
