@@ -8,6 +8,6 @@ A file NAME.py holds
     WORDS       {phrase of the report: what this domain says instead}; {} keeps them all
     GLOSSARY    [(word, meaning)] for the report, in the domain's own words
 
-A domain without BENIGN has no stage 2. Those of OF_ITS_MODEL
-(`domains/__main__.py`) hold for the domain's own MODEL alone.
+A domain without BENIGN has no stage 2. The texts that OF_ITS_MODEL
+in `domains/__main__.py` names hold for the domain's own MODEL alone.
 """

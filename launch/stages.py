@@ -1,7 +1,6 @@
 """The stages of a run as run.sh lists them: command lines, read by each program's own parser."""
 import argparse
 import contextlib
-import importlib
 import io
 import os
 import shlex
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from evaluate import KINDS
 from support.errors import InputError
+from support.plugins import load_module
 from support.stages import check_output, sidecar
 
 # What starts other processes of a stage, before the stage's own program.
@@ -92,7 +92,7 @@ def read_stages(lines):
 
 def _read_stage(title, command):
     name, words = own_program(command)
-    module = _import_program(title, name)
+    module = load_module(name, title)
     parser = module.build_parser()
     complaint = io.StringIO()
     try:
@@ -108,15 +108,6 @@ def _read_stage(title, command):
     if subcommand:
         program += f" {subcommand}"
     return Stage(title, command, program, flags, module)
-
-
-def _import_program(title, name):
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not name.startswith(error.name):  # a package that it needs
-            raise
-        raise InputError(f"{title}: there is no {error.name} in this folder.") from None
 
 
 def is_finished(stage):

@@ -134,7 +134,10 @@ def index_of_highest(estimates, least):
     >>> index_of_highest([{"value": 0.1, "n": 9}, {"value": 0.3, "n": 9}, few], least=9)
     1
     """
-    values = [e["value"] if e["n"] >= least else 0 for e in estimates]
+    values = []
+    for estimate in estimates:
+        enough = estimate["n"] >= least
+        values.append(estimate["value"] if enough else 0)
     return values.index(max(values))
 
 

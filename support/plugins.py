@@ -22,7 +22,7 @@ def load_object(spec, flag=""):
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", spec):
         raise InputError(f"{given}: write MODULE:NAME, as in package.module:name.")
     module_name, _, name = spec.partition(":")
-    module = _load_module(module_name, given)
+    module = load_module(module_name, given)
     try:
         return getattr(module, name)
     except AttributeError:
@@ -40,7 +40,8 @@ def source_file(function, spec):
     return inspect.getsourcefile(function)
 
 
-def _load_module(name, given):
+def load_module(name, given):
+    """A module by its name; given: what asked for it. Raises InputError where it is not there."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -58,7 +59,7 @@ def load_domain(name, flag="--domain"):
     if name not in domain_names():
         known = ", ".join(domain_names())
         raise InputError(f"{flag} {name}: no such domain. There are {known}; see domains/.")
-    return _load_module(f"domains.{name}", f"{flag} {name}")
+    return load_module(f"domains.{name}", f"{flag} {name}")
 
 
 def domain_names():
